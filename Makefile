@@ -1,0 +1,36 @@
+# Thin: each target is one or two lines. `make demo` and `make test` set up their own environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-slow check fix bench
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'qtip needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/qtip demo --out demo-run
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+fix: setup
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+
+bench: setup
+	mkdir -p docs/benchmarks
+	for what in distortion encode matvec; do $(BIN)/qtip bench $$what --json > docs/benchmarks/$$what.json || exit 1; done

@@ -1,0 +1,1 @@
+"""One operator: `reference.py` by definition in torch, `cpu.py` its Numba twin, same names and contracts."""

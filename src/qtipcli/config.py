@@ -1,0 +1,137 @@
+"""Owns a job's settings: strict pydantic models, the presets they are read from, and what every default is. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qtipcli.errors import SettingsError
+from qtipcli_kernels.spec import SpecError, TrellisSpec
+
+PRESET_DIRECTORIES = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
+"""Where named presets lie: inside an installed wheel, or beside `src` in a checkout."""
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationSettings(_Strict):
+    """What the proxy Hessians are made from.
+
+    data: a .txt, .jsonl or .parquet file, or a hub data set; None is the default hub data set.
+    samples: windows; context: tokens in each, None for the model's own up to 2,048. seed: chooses the windows.
+    """
+
+    data: str | None = None
+    samples: int = Field(256, ge=1)
+    context: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class LayerSettings(_Strict):
+    """What one layer is given instead of the job's own: a field left out is the job's."""
+
+    bits: float | None = None
+    code: str | None = None
+
+
+class QuantizeSettings(_Strict):
+    """How a model is rounded.
+
+    bits: payload bits per weight. code: see qtipcli_kernels.codes. state_bits: L of the trellis.
+    transform: "full" or "block-N". damping: share of the Hessian's mean diagonal added to it.
+    refit: closed-form row and column scales after rounding. scale: rms of the weights over rms of the code, None for the
+    table's. search: refine that ratio for each matrix. fast: the encoder's shorter first pass.
+    quantized_prefix: calibrate each block on what the blocks before it give once quantized.
+    seed: of the random signs. skip: patterns of layers left as they are. layers: pattern -> other settings, first match wins.
+    Patterns are those of the shell (fnmatch), on full names such as "model.layers.0.self_attn.v_proj".
+    """
+
+    bits: float = 2.0
+    code: str = "3inst"
+    state_bits: int = 16
+    transform: str = "full"
+    damping: float = Field(1e-3, ge=0)
+    refit: bool = True
+    scale: float | None = Field(None, gt=0)
+    search: bool = True
+    fast: bool = False
+    quantized_prefix: bool = False
+    seed: int = Field(0, ge=0)
+    skip: tuple[str, ...] = ()
+    layers: dict[str, LayerSettings] = {}
+
+    @field_validator("transform")
+    @classmethod
+    def _known_transform(cls, text: str) -> str:
+        from qtipcli.quant.transform import Transform
+
+        return str(Transform.parse(text))
+
+    def model_post_init(self, context: Any) -> None:
+        self.spec()
+        for override in self.layers.values():
+            self.spec(override)
+
+    def spec(self, override: LayerSettings | None = None) -> TrellisSpec:
+        """The trellis of a layer. Raises SettingsError naming the nearest rates where the code has none such."""
+        code = (override and override.code) or self.code
+        bits = (override and override.bits) or self.bits
+        try:
+            return TrellisSpec.at_bits(code, bits, self.state_bits)
+        except SpecError as error:
+            fact, _, remedy = str(error).partition(": ")
+            raise SettingsError(fact, remedy) from error
+
+
+class Preset(_Strict):
+    """One file of configs/: a sentence, and the settings that differ from the defaults."""
+
+    description: str
+    calibrate: CalibrationSettings = CalibrationSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+
+
+def settings_from(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """`kind` from plain values. Raises SettingsError, one sentence, naming the first field that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, kind.model_fields, 1)
+            raise SettingsError(
+                f"there is no setting {field!r}", f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kind.model_fields)}"
+            ) from error
+        raise SettingsError(f"setting {field} is {first['input']!r}: {first['msg']}", "see qtip quantize --help") from error
+
+
+def preset_names() -> list[str]:
+    """Every preset that can be asked for by name."""
+    return sorted({file.stem for directory in PRESET_DIRECTORIES if directory.is_dir() for file in directory.glob("*.yaml")})
+
+
+def load_preset(name_or_path: str) -> Preset:
+    """A preset by name ("paper") or by path to a YAML file. Raises SettingsError, naming the file and what is wrong with it."""
+    candidates = [directory / f"{name_or_path}.yaml" for directory in PRESET_DIRECTORIES] + [Path(name_or_path)]
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is None:
+        raise SettingsError(
+            f"there is no preset {name_or_path!r}", f"choose one of {', '.join(preset_names())}, or give a YAML file"
+        )
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} is not YAML: {str(error).splitlines()[0]}", "see configs/ for examples") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{file} is not a table of settings", "see configs/ for examples")
+    return settings_from(Preset, content)

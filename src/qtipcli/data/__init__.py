@@ -1,0 +1,1 @@
+"""Calibration and evaluation text: where it comes from (`text`), and the windows of tokens that it becomes (`windows`)."""

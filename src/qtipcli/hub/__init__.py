@@ -1,0 +1,1 @@
+"""Hugging Face: the quantization config and quantizer that transformers loads a packed model with."""

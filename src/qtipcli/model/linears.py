@@ -1,0 +1,169 @@
+"""Owns the linears of one decoder block: which there are, which share an input, and the statistics of that input.
+
+Dimensions in names: I input features, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qtipcli.errors import QtipError
+from qtipcli.model.inputs import BlockInput, run_block
+from qtipcli.model.skeleton import Skeleton
+
+# Tokens in one product x^T x: bounds the float32 copy of the input (2,048 x 16,384 x 4 bytes = 128 MiB) and fixes the order of
+# the sum, which therefore depends only on how the rows were batched.
+_CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of a block that are given the very same input, such as query, key and value; they share one proxy Hessian.
+
+    Attributes:
+        names: the linears' names within the block, in the order of their calls.
+        in_features: I, the width of the input.
+        called: False for a linear that the probe run never called (an expert without tokens, a weight used directly).
+    """
+
+    names: tuple[str, ...]
+    in_features: int
+    called: bool = True
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block by name, in module order: exactly torch.nn.Linear, since a subclass may compute something else."""
+    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+
+
+def unsupported(block: nn.Module) -> list[tuple[str, str]]:
+    """The weights of a block that a walk over its linears would skip, so that they are never skipped in silence.
+
+    Returns:
+        (parameter name within the block, why with shape and share of the block's parameters) for each parameter of two or more
+        dimensions that is not in a torch.nn.Linear: experts fused into one tensor, Conv1D, routers, short convolutions.
+    """
+    total = sum(parameter.numel() for parameter in block.parameters())
+    found = []
+    for path, module in block.named_modules():
+        if type(module) is nn.Linear:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                share = 100 * parameter.numel() / total
+                why = f"{list(parameter.shape)} in {type(module).__name__}, not a torch.nn.Linear; {share:.1f} % of the block"
+                found.append((f"{path}.{leaf}" if path else leaf, why))
+    return found
+
+
+def input_groups(skeleton: Skeleton, index: int, one_input: BlockInput) -> list[InputGroup]:
+    """Runs block `index` once and groups its linears by the identity of what they were called with.
+
+    Args:
+        skeleton: the model, with block `index` materialized.
+        index: which block.
+        one_input: any batch on its way to this block; capture one of a single row to make this cheap.
+
+    Returns:
+        Groups in the order of their first call, then the linears that were not called, one group each.
+    """
+    linears = find_linears(skeleton.blocks[index][1])
+    seen: dict[str, list[tuple[Any, ...]]] = {}
+    held: list[Tensor] = []  # keeps every input alive: freed memory given to the next would look like the same tensor
+
+    def note(name: str, tensor: Tensor) -> None:
+        held.append(tensor)
+        # The version counts in-place writes, so memory that was overwritten between two calls is not the same input.
+        identity = (tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        seen.setdefault(name, []).append(identity)
+
+    with _hooked({name: linears[name] for name in linears}, note):
+        run_block(skeleton, index, one_input)
+    by_input: dict[tuple[Any, ...], list[str]] = {}
+    for name, identities in seen.items():
+        by_input.setdefault(tuple(identities), []).append(name)
+    groups = [InputGroup(tuple(names), linears[names[0]].in_features) for names in by_input.values()]
+    idle = [InputGroup((name,), linear.in_features, called=False) for name, linear in linears.items() if name not in seen]
+    return groups + idle
+
+
+class HessianRecorder:
+    """Sums x x^T over everything that one linear of each group is called with, while it is entered as a context.
+
+    The result does not depend on threads or device timing: chunks of at most 2,048 tokens are added in the order of the calls,
+    in float32, on the device of the input.
+
+    Args:
+        block: a materialized block.
+        groups: from `input_groups`.
+
+    Attributes:
+        sums: first name of each group -> sum of x x^T, float32 [I, I]. Sums of several processes may be added.
+        tokens: first name of each group -> number of x summed.
+    """
+
+    def __init__(self, block: nn.Module, groups: Sequence[InputGroup]) -> None:
+        linears = find_linears(block)
+        self._watched = {group.names[0]: linears[group.names[0]] for group in groups}
+        self.sums: dict[str, Tensor] = {}
+        for group in groups:
+            device = linears[group.names[0]].weight.device
+            self.sums[group.names[0]] = torch.zeros(group.in_features, group.in_features, device=device)
+        self.tokens = dict.fromkeys(self.sums, 0)
+        self._hooks: Any = None
+
+    def __enter__(self) -> HessianRecorder:
+        self._hooks = _hooked(self._watched, self._add)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._hooks.__exit__(kind, error, trace)
+
+    def hessians(self) -> dict[str, tuple[Tensor, int]]:
+        """First name of each group -> (proxy Hessian E[x x^T], float32 [I, I], and the tokens it is the mean of).
+
+        A group without tokens gets zeros. The mean is as in QuIP#, arXiv 2402.04396, section 2.
+
+        Raises:
+            QtipError: an input was NaN or infinite, which no damping repairs.
+        """
+        means = {}
+        for name, total in self.sums.items():
+            if not torch.isfinite(total).all():
+                hint = "the model overflows on this text: compute in float32, or leave out this text"
+                raise QtipError(f"the input of {name} holds NaN or infinite values", hint)
+            means[name] = (total / max(self.tokens[name], 1), self.tokens[name])
+        return means
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        x_NI = tensor.detach().reshape(-1, tensor.shape[-1])
+        for chunk_NI in x_NI.split(_CHUNK_TOKENS):
+            chunk_NI = chunk_NI.to(torch.float32)
+            self.sums[name].addmm_(chunk_NI.T, chunk_NI)
+        self.tokens[name] += x_NI.shape[0]
+
+
+@contextmanager
+def _hooked(linears: dict[str, nn.Linear], note: Any) -> Iterator[None]:
+    """Calls `note(name, input)` before each call of the given linears."""
+    handles: list[RemovableHandle] = []
+    try:
+        for name, linear in linears.items():
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                note(name, args[0] if args else kwargs["input"])
+
+            handles.append(linear.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

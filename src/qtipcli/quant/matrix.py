@@ -1,0 +1,165 @@
+"""Owns the rounding of one group of linear layers that share their input: from weights and Hessian to packed matrices.
+
+Dimension key: O outputs, I inputs; P and J the same padded to multiples of 16; T steps of a walk.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qtipcli.quant.hessian import DampedHessian, damp
+from qtipcli.quant.incoherence import random_signs, rotate_hessian, rotate_weight, rotate_weight_back
+from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq
+from qtipcli.quant.refit import refit_scales
+from qtipcli.quant.scale import rms, search_scale, source_scale, tile_rounder
+from qtipcli.quant.transform import Transform
+from qtipcli_kernels.codes import tabulate
+from qtipcli_kernels.packing import pack
+from qtipcli_kernels.spec import TrellisSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingSettings:
+    """How matrices are rounded.
+
+    scale: rms of the weights over rms of the code; None takes the table's value for the code and rate, and search refines it.
+    damping: share of the Hessian's mean diagonal added to it. refit: closed-form scales after rounding.
+    fast: the encoder's shorter first pass. seed: of the random signs.
+    """
+
+    transform: Transform
+    damping: float
+    refit: bool
+    scale: float | None = None
+    search: bool = True
+    fast: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """One rounded layer as it is stored, and what is known of it.
+
+    trellis int32 [P/16, J/16 * words]; scale_in fp16 [I] and scale_out fp16 [O], signs included.
+    relative_proxy_loss: of the stored matrix. unrefitted_loss: before the refit. damping: as used.
+    """
+
+    trellis: torch.Tensor
+    scale_in: torch.Tensor
+    scale_out: torch.Tensor
+    relative_proxy_loss: float
+    unrefitted_loss: float
+    scale: float
+    damping: float
+    dead_inputs: int
+
+
+def round_group(
+    weights: Mapping[str, torch.Tensor],
+    hessian_II: torch.Tensor,
+    specs: Mapping[str, TrellisSpec],
+    settings: RoundingSettings,
+    luts: Mapping[str, torch.Tensor | None],
+) -> dict[str, PackedMatrix]:
+    """Round layers that see the same input; they share its signs, its transform and their scale_in.
+
+    weights: name -> [O, I], any float dtype. hessian_II: E[x x^T] of the shared input. specs: name -> trellis.
+    luts: name -> the code's table, None where it is computed.
+    Deterministic: the same arguments give the same bits, whatever was rounded before.
+    """
+    names = list(weights)
+    signs_I = random_signs(hessian_II.shape[0], settings.seed, f"{names[0]}.in")
+    damped = damp(hessian_II, settings.damping)
+    # Adding a multiple of the identity commutes with the orthonormal turn; the factor does not, and is taken in the new basis.
+    turned = damp(rotate_hessian(damped.hessian_II, signs_I, settings.transform), 0.0)
+    basis = _Basis(signs_I, block_ldl(turned.cholesky_II).to(torch.float32), turned.hessian_II.to(torch.float32))
+    metric_II = damped.hessian_II.to(torch.float32)
+
+    layers = {
+        name: _round(name, weights[name].detach().to(torch.float32), specs[name], luts[name], basis, settings)
+        for name in names
+    }
+    stacked_weight = torch.cat([layer.weight_OI for layer in layers.values()])
+    stacked_rounded = torch.cat([layer.decoded_OI for layer in layers.values()])
+    if settings.refit:
+        rows, columns = refit_scales(stacked_weight, stacked_rounded, metric_II)
+    else:
+        rows, columns = torch.ones(len(stacked_weight)), torch.ones(len(signs_I))
+    row_parts = rows.split([len(layer.weight_OI) for layer in layers.values()])
+    return {
+        name: _store(layer, row_part, columns, signs_I, metric_II, damped)
+        for (name, layer), row_part in zip(layers.items(), row_parts, strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Basis:
+    """What the layers of a group share: input signs, and in the turned basis the block factor and the Hessian."""
+
+    signs_I: torch.Tensor
+    lower_JJ: torch.Tensor
+    hessian_JJ: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _RoundedLayer:
+    """A layer between rounding and storing; `decoded_OI` is in the original basis, step size and signs included."""
+
+    weight_OI: torch.Tensor
+    decoded_OI: torch.Tensor
+    trellis: torch.Tensor
+    signs_O: torch.Tensor
+    step_size: float
+    scale: float
+
+
+def _round(
+    name: str,
+    weight_OI: torch.Tensor,
+    spec: TrellisSpec,
+    lut: torch.Tensor | None,
+    basis: _Basis,
+    settings: RoundingSettings,
+) -> _RoundedLayer:
+    signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out")
+    turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform)
+    weight_rms = rms(turned_PJ)
+    scale = settings.scale if settings.scale is not None else source_scale(spec)
+    if settings.search and settings.scale is None and weight_rms > 0:
+        scale = search_scale(turned_PJ, basis.lower_JJ, basis.hessian_JJ, spec, lut)
+    table_SV = tabulate(spec, lut)
+    # A matrix of zeros gets step size 0, which makes its scale_out 0, whatever walk is stored.
+    step_size = weight_rms / (scale * rms(table_SV))
+    states, rounded_PJ = round_ldlq(
+        turned_PJ / (step_size or 1.0), basis.lower_JJ, tile_rounder(spec, table_SV, settings.fast)
+    )
+    words = pack(states.reshape(-1, spec.steps), spec)
+    decoded_OI = rotate_weight_back(rounded_PJ * step_size, signs_O, basis.signs_I, settings.transform)
+    return _RoundedLayer(weight_OI, decoded_OI, words.reshape(len(states), -1), signs_O, step_size, scale)
+
+
+def _store(
+    layer: _RoundedLayer,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    signs_I: torch.Tensor,
+    metric_II: torch.Tensor,
+    damped: DampedHessian,
+) -> PackedMatrix:
+    scale_in = (columns * signs_I).to(torch.float16)
+    scale_out = (rows * layer.step_size * layer.signs_O).to(torch.float16)
+    # What the stored fp16 scales make of the decoded matrix, signs and step size taken out again.
+    stored_rows = scale_out.to(torch.float32) * layer.signs_O / (layer.step_size or 1.0)
+    stored_columns = scale_in.to(torch.float32) * signs_I
+    stored_OI = stored_rows[:, None] * layer.decoded_OI * stored_columns
+    return PackedMatrix(
+        trellis=layer.trellis,
+        scale_in=scale_in,
+        scale_out=scale_out,
+        relative_proxy_loss=relative_proxy_loss(layer.weight_OI, stored_OI, metric_II),
+        unrefitted_loss=relative_proxy_loss(layer.weight_OI, layer.decoded_OI, metric_II),
+        scale=layer.scale,
+        damping=damped.damping,
+        dead_inputs=damped.dead_inputs,
+    )

@@ -1,0 +1,138 @@
+"""Owns the calibrate stage: one proxy Hessian for each input of each decoder block, saved once for every bitrate.
+
+The run directory holds the shard `tokens` and one shard for each block, `block-00000` and on, with a float32 [I, I] Hessian for
+each group of linears that share an input, under the group's first name. Blocks are streamed: one is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qtipcli.config import CalibrationSettings
+from qtipcli.data.text import CALIBRATION_DATA, load_documents
+from qtipcli.data.windows import Windows, calibration_windows
+from qtipcli.errors import QtipError
+from qtipcli.job.directory import RunDirectory
+from qtipcli.job.fingerprint import fingerprint_model, fingerprint_versions
+from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.model.inputs import BlockInput, capture_first_inputs, run_block
+from qtipcli.model.linears import HessianRecorder, input_groups
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import ModelSource
+from qtipcli.stages.progress import Silent, Watcher
+
+STAGE = "calibrate"
+TOKENS = "tokens"
+
+LONGEST_DEFAULT_CONTEXT = 2048
+"""Where neither the user nor the model asks for less: QTIP calibrates on longer windows, at a cost that grows with them."""
+
+BATCH_TOKENS = 8192
+"""Tokens that go through a block at once; fixed, so that sums do not depend on the machine."""
+
+
+def block_key(index: int) -> str:
+    """The shard that belongs to decoder block `index`, in this stage's and the quantize stage's run directory."""
+    return f"block-{index:05d}"
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's own tokenizer. Raises QtipError if it has none that transformers can load."""
+    try:
+        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise QtipError(
+            f"{source.name} has no tokenizer that transformers can load", "put the tokenizer's files beside config.json"
+        ) from error
+
+
+def load_windows(source: ModelSource, settings: CalibrationSettings) -> Windows:
+    """The calibration windows that `settings` choose for this model."""
+    tokenizer = load_tokenizer(source)
+    longest = model_context(source)
+    context = settings.context or min(LONGEST_DEFAULT_CONTEXT, longest or LONGEST_DEFAULT_CONTEXT)
+    if longest and context > longest:
+        raise QtipError(f"--context {context} is more than the {longest} positions of {source.name}", f"use at most {longest}")
+    documents = load_documents(settings.data or CALIBRATION_DATA, tokenizer)
+    return calibration_windows(tokenizer, documents, settings.samples, context, settings.seed)
+
+
+def model_context(source: ModelSource) -> int | None:
+    """Positions that the model was made for, where its config says."""
+    return getattr(source.config.get_text_config(), "max_position_embeddings", None)
+
+
+def run(
+    source: ModelSource,
+    settings: CalibrationSettings,
+    directory: Path,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Path:
+    """Fill `directory` with the model's proxy Hessians, going on where an earlier run stopped; returns it.
+
+    Raises MismatchError where it holds another job, StoppedError after Ctrl-C, and what reading model and data raises.
+    """
+    watcher = watcher or Silent()
+    windows = load_windows(source, settings)
+    if windows.requested and windows.rows < windows.requested:
+        watcher.note(f"{windows.source} holds {windows.rows} windows of {windows.context} tokens, not {windows.requested}: all are used")
+    frozen = settings.model_dump() | {"data": settings.data or CALIBRATION_DATA, "context": windows.context}
+    fingerprint = {
+        "model": fingerprint_model(source.directory),
+        "data": windows.content_hash,
+        "versions": fingerprint_versions(),
+    }
+    with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
+        if not job.done(TOKENS):
+            job.commit(TOKENS, {TOKENS: windows.tokens}, {"rows": windows.rows, "context": windows.context})
+        _record_blocks(source, windows.tokens, job, watcher)
+    return directory
+
+
+def is_complete(job: RunDirectory, skeleton: Skeleton) -> bool:
+    """Whether every decoder block's Hessians are there."""
+    return all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
+
+
+def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
+    """Take every batch through block `index`, in place."""
+    for batch in batches:
+        batch.hidden = run_block(skeleton, index, batch)
+
+
+def _record_blocks(source: ModelSource, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher) -> None:
+    skeleton = Skeleton(source)
+    for note in skeleton.notes:
+        watcher.note(note)
+    missing = [index for index in range(len(skeleton.blocks)) if not job.done(block_key(index))]
+    watcher.begin("calibrate", len(skeleton.blocks), len(skeleton.blocks) - len(missing))
+    if not missing:
+        return
+    batches = capture_first_inputs(skeleton, tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
+    # A resumed run takes the tokens through the finished blocks again: their outputs are not kept on disk.
+    for index in range(missing[-1] + 1):
+        checkpoint()
+        block = skeleton.materialize(index)
+        if index not in missing:
+            forward(skeleton, index, batches)
+            skeleton.release(index)
+            continue
+        groups = input_groups(skeleton, index, batches[0])
+        with HessianRecorder(block, groups) as recorder:
+            forward(skeleton, index, batches)
+        prefix = skeleton.blocks[index][0]
+        hessians = recorder.hessians()
+        report = {
+            "groups": [
+                {"names": [f"{prefix}.{name}" for name in group.names], "tokens": hessians[group.names[0]][1]}
+                for group in groups
+            ]
+        }
+        job.commit(block_key(index), {f"{prefix}.{name}": mean for name, (mean, _) in hessians.items()}, report)
+        skeleton.release(index)
+        watcher.advance(prefix)

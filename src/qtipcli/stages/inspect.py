@@ -1,0 +1,83 @@
+"""Owns the check of a packed directory: every tensor's shape and dtype, every scale finite, every file's checksum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtipcli.errors import CorruptError, QtipError
+from qtipcli.hub.config import METHOD, QtipConfig
+from qtipcli.hub.tensors import check_tensors
+from qtipcli.job.files import sha256_file
+from qtipcli.job.shards import open_shard
+from qtipcli.stages.pack import INDEX_FILE, read_record
+
+
+def run(directory: Path) -> dict[str, Any]:
+    """What a packed directory holds, after all of it was checked.
+
+    Returns {"bits_per_weight", "bytes", "parameters", "rows": one a layer}. Raises QtipError where it is no packed model or an
+    unfinished one, CorruptError naming the first file or tensor that is not what was written.
+    """
+    config = read_config(directory)
+    if not (directory / INDEX_FILE).is_file():
+        raise QtipError(f"{directory} is unfinished: it has no {INDEX_FILE}", "pack it again, or finish the download")
+    record = read_record(directory) or {}
+    for name, expected in record.get("sha256", {}).items():
+        if not (directory / name).is_file():
+            raise CorruptError(f"{directory / name} is missing", "pack or download the model again")
+        if sha256_file(directory / name) != expected:
+            raise CorruptError(f"{directory / name} is damaged: its sha256 is not the one recorded", "pack or download it again")
+    index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+    files = sorted({directory / name for name in index["weight_map"].values()})
+    layouts = config.layouts()
+    check_tensors(layouts, files)
+    _check_scales(files)
+    losses = {name: report["relative_proxy_loss"] for name, report in record.get("layers", {}).items()}
+    rows = [
+        {
+            "layer": name,
+            "shape": [layout.out_features, layout.in_features],
+            "code": layout.spec.code,
+            "bits": layout.spec.bits,
+            "state_bits": layout.spec.state_bits,
+            "transform": str(layout.transform_in),
+            "bits_per_weight": layout.stored_bits / layout.weights,
+            "relative_proxy_loss": losses.get(name),
+        }
+        for name, layout in layouts.items()
+    ]
+    return {
+        "directory": str(directory),
+        "bits_per_weight": config.bits_per_weight,
+        "bytes": sum(file.stat().st_size for file in files),
+        "parameters": index.get("metadata", {}).get("total_parameters"),
+        "not_converted": config.not_converted,
+        "checksums": len(record.get("sha256", {})),
+        "rows": rows,
+    }
+
+
+def read_config(directory: Path) -> QtipConfig:
+    """The quantization_config of a packed directory. Raises QtipError where there is none."""
+    file = directory / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    except (FileNotFoundError, NotADirectoryError):
+        raise QtipError(f"{directory} holds no model: there is no {file.name}", "give a directory that qtip packed") from None
+    except ValueError as error:
+        raise CorruptError(f"{file} is damaged: it is not JSON", "pack or download the model again") from error
+    if not isinstance(fields, dict) or fields.get("quant_method") != METHOD:
+        raise QtipError(f"{directory} is not a qtip model", "give a directory that qtip packed; qtip quantize makes one")
+    return QtipConfig(**fields)
+
+
+def _check_scales(files: list[Path]) -> None:
+    for file in files:
+        with open_shard(file) as shard:
+            for name in shard.keys():  # noqa: SIM118, no mapping
+                if name.endswith((".scale_in", ".scale_out", ".lut")) and not torch.isfinite(shard.get_tensor(name)).all():
+                    raise CorruptError(f"tensor {name} in {file} holds NaN or infinite values", "pack or download it again")

@@ -1,0 +1,209 @@
+"""Owns the pack stage: from a finished quantize job to a directory that transformers loads.
+
+The directory is written beside its final place and renamed when it is whole, the index last; so it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
+from qtipcli.hub.config import QtipConfig
+from qtipcli.job.directory import RunDirectory
+from qtipcli.job.files import sha256_file, write_text_atomic
+from qtipcli.job.fingerprint import fingerprint_model
+from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.shards import write_shard
+from qtipcli.model.linears import find_linears
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import ModelSource
+from qtipcli.stages import quantize
+from qtipcli.stages.calibrate import block_key
+from qtipcli.stages.progress import Silent, Watcher
+
+RECORD_FILE = "qtip.json"
+"""What was done: the job's settings and fingerprint, a report for each layer, the sha256 of each file."""
+
+INDEX_FILE = "model.safetensors.index.json"
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+
+EMPTY_WEIGHT_DTYPE = torch.bfloat16
+
+
+def run(
+    source: ModelSource,
+    job_directory: Path,
+    out: Path,
+    force: bool = False,
+    max_shard_size: str = "5GB",
+    watcher: Watcher | None = None,
+) -> Path:
+    """Write `out` from the finished job in `job_directory`; returns it.
+
+    Nothing is done where `out` was already packed from this very job. Raises SettingsError where it holds something else and
+    `force` is not given, QtipError where the job is unfinished or of another model.
+    """
+    watcher = watcher or Silent()
+    job = RunDirectory.load(job_directory, quantize.STAGE)
+    if job.fingerprint["model"] != fingerprint_model(source.directory):
+        raise QtipError(f"{job_directory} is a job of another model than {source.name}", "give the model it was started with")
+    if packed_from(out, job):
+        watcher.note(f"{out} is complete already: nothing was done")
+        return out
+    refuse_occupied(out, force)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        with interruptible():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _Packer(source, job, partial, watcher).run(max_shard_size)
+            _put_in_place(partial, out)
+    except OSError as error:
+        raise storage_error(error, out) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def refuse_occupied(out: Path, force: bool) -> None:
+    """Raise SettingsError where `out` is a file or holds files; with `force` only where it is a file."""
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"{out} is a file", "choose another directory")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise SettingsError(f"{out} is not empty", "choose another directory, or --force to replace what is in it")
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What qtip.json of a packed directory says; None where there is none. Raises CorruptError where it is damaged."""
+    file = directory / RECORD_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{file} is damaged: it is not JSON", "pack or download the model again") from error
+    return record if isinstance(record, dict) else None
+
+
+def packed_from(out: Path, job: RunDirectory) -> bool:
+    """Whether `out` is whole and was made by this job, as it is now."""
+    if not (out / INDEX_FILE).is_file():
+        return False
+    record = read_record(out)
+    return record is not None and record.get("job") == _job_record(job)
+
+
+def _job_record(job: RunDirectory) -> dict[str, Any]:
+    return {"settings": job.settings, "fingerprint": job.fingerprint}
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    replaced = out.with_name(f"{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    out.rename(replaced)
+    partial.rename(out)
+    shutil.rmtree(replaced)
+
+
+class _Packer:
+    """One run of the stage, into an empty directory."""
+
+    def __init__(self, source: ModelSource, job: RunDirectory, directory: Path, watcher: Watcher) -> None:
+        self.source, self.job, self.directory, self.watcher = source, job, directory, watcher
+        self.skeleton = Skeleton(source)
+        self.layers: dict[str, dict[str, Any]] = {}
+        self.left: dict[str, str] = {}
+        self.block_of: dict[str, int] = {}
+        for index, (prefix, _) in enumerate(self.skeleton.blocks):
+            if not job.done(block_key(index)):
+                raise QtipError(f"{job.path} is not finished: block {prefix} is missing", "give the quantize command again")
+            report = job.report(block_key(index))
+            self.layers |= report["layers"]
+            self.left |= report["left"]
+            self.block_of |= dict.fromkeys(report["layers"], index)
+
+    def run(self, max_shard_size: str) -> None:
+        plan = self._plan()
+        split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
+        self.watcher.begin("pack", len(split.filename_to_tensors))
+        for file, names in split.filename_to_tensors.items():
+            checkpoint()
+            write_shard(self.directory / file, {name: self._tensor(name) for name in names})
+            self.watcher.advance(file)
+        self._copy_other_files()
+        self._write_config()
+        checksums = {file.name: sha256_file(file) for file in sorted(self.directory.iterdir())}
+        record = {"format": "qtip", "job": _job_record(self.job), "layers": self.layers, "sha256": checksums}
+        write_text_atomic(self.directory / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+        index = {
+            "metadata": {"total_size": split.metadata["total_size"], "total_parameters": self._parameters()},
+            "weight_map": split.tensor_to_filename,
+        }
+        write_text_atomic(self.directory / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _plan(self) -> dict[str, torch.Tensor]:
+        """Every tensor to be stored, on meta: the model's own, and for each packed layer its parts in the weight's place."""
+        plan: dict[str, torch.Tensor] = {}
+        kept = {name: tensor for name, tensor in self.skeleton.model.state_dict().items() if name not in self.skeleton.tied}
+        for name in kept:
+            layer, _, leaf = name.rpartition(".")
+            if leaf == "weight" and layer in self.layers:
+                plan |= {f"{layer}.{part}": tensor.to("meta") for part, tensor in self._packed(layer).items()}
+            elif self.skeleton.holds(name):
+                plan[name] = self.skeleton.read(name).to("meta")
+        return plan
+
+    def _packed(self, layer: str) -> dict[str, torch.Tensor]:
+        with self.job.open_shard(block_key(self.block_of[layer])) as shard:
+            names = [name for name in shard.keys() if name.rpartition(".")[0] == layer]  # noqa: SIM118, no mapping
+            parts = {name.rpartition(".")[2]: shard.get_tensor(name) for name in names}
+        return parts | {"weight": torch.empty(0, dtype=EMPTY_WEIGHT_DTYPE)}
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        layer, _, leaf = name.rpartition(".")
+        if layer in self.layers and leaf != "bias":
+            return self._packed(layer)[leaf]
+        return self.skeleton.read(name)
+
+    def _copy_other_files(self) -> None:
+        """Tokenizer, chat template, generation config, licence: all but weights, their index, and the config."""
+        for file in sorted(self.source.directory.iterdir()):
+            is_weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+            if file.is_file() and not is_weight and file.name not in ("config.json", RECORD_FILE) and not file.name.startswith("."):
+                shutil.copyfile(file, self.directory / file.name)
+
+    def _write_config(self) -> None:
+        linears = [name for name, module in self.skeleton.model.named_modules() if type(module) is torch.nn.Linear]
+        inside = {f"{prefix}.{name}" for prefix, block in self.skeleton.blocks for name in find_linears(block)}
+        not_converted = {name: self.left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
+        assert set(self.left) <= inside
+        layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
+        provenance = {"base_model": self.source.name, "settings": self.job.settings}
+        config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = QtipConfig.from_layouts(layouts, not_converted, provenance).to_dict()
+        write_text_atomic(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.skeleton.model.parameters())
+
+
+def describe(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Averages over packed layers: payload bits and stored bits per weight, and the mean relative proxy loss."""
+    layouts = [quantize.layout_of(report) for report in layers.values()]
+    weights = sum(layout.weights for layout in layouts)
+    return {
+        "bits": sum(layout.spec.bits * layout.weights for layout in layouts) / weights,
+        "bits_per_weight": sum(layout.stored_bits for layout in layouts) / weights,
+        "relative_proxy_loss": sum(report["relative_proxy_loss"] for report in layers.values()) / len(layouts),
+    }

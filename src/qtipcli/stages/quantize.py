@@ -1,0 +1,259 @@
+"""Owns the quantize stage: every linear of every decoder block rounded to its trellis, one shard a block.
+
+A shard holds, for each layer, `<name>.trellis`, `<name>.scale_in`, `<name>.scale_out` (docs/format.md). With a quantized
+prefix the stage makes its own Hessians, block by block; otherwise it reads those of the calibrate stage.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtipcli.config import QuantizeSettings
+from qtipcli.errors import QtipError, SettingsError
+from qtipcli.job.directory import RunDirectory
+from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
+from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.model.inputs import BlockInput, capture_first_inputs
+from qtipcli.model.linears import HessianRecorder, InputGroup, find_linears, unsupported
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import ModelSource, check_finite
+from qtipcli.nn.layout import PackedLayout
+from qtipcli.nn.linear import TrellisLinear
+from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
+from qtipcli.quant.transform import Transform
+from qtipcli.stages import calibrate
+from qtipcli.stages.calibrate import block_key
+from qtipcli.stages.progress import Silent, Watcher
+from qtipcli_kernels.codes import default_lut
+from qtipcli_kernels.spec import TrellisSpec
+
+STAGE = "quantize"
+
+LARGEST_UNSUPPORTED_SHARE = 0.1
+"""Share of the blocks' weights that may stay as it is without being asked for: routers and short convolutions, not experts."""
+
+
+def run(
+    source: ModelSource,
+    settings: QuantizeSettings,
+    hessians: Path,
+    directory: Path,
+    force: bool = False,
+    watcher: Watcher | None = None,
+) -> Path:
+    """Fill `directory` with the model's rounded layers, going on where an earlier run stopped; returns it.
+
+    hessians: a finished calibrate run directory of the same model.
+    Raises MismatchError where either directory holds another job, QtipError where a layer cannot be rounded.
+    """
+    watcher = watcher or Silent()
+    calibration = RunDirectory.load(hessians, calibrate.STAGE)
+    model = fingerprint_model(source.directory)
+    if calibration.fingerprint["model"] != model:
+        raise QtipError(f"{hessians} was calibrated on another model than {source.name}", "give the Hessians of this model")
+    fingerprint = {
+        "model": model,
+        "calibration": fingerprint_text(repr(calibration.settings), repr(calibration.fingerprint)),
+        "versions": fingerprint_versions(),
+    }
+    frozen = settings.model_dump()
+    with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
+        stage = _Quantizer(source, settings, calibration, job, watcher)
+        stage.run()
+    return directory
+
+
+class _Quantizer:
+    """One run of the stage."""
+
+    def __init__(
+        self, source: ModelSource, settings: QuantizeSettings, calibration: RunDirectory, job: RunDirectory, watcher: Watcher
+    ) -> None:
+        self.skeleton = Skeleton(source)
+        self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
+        self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
+        for note in self.skeleton.notes:
+            watcher.note(note)
+        _refuse_unsupported(source, self.skeleton)
+        self._refuse_unused_patterns()
+
+    def run(self) -> None:
+        blocks = range(len(self.skeleton.blocks))
+        missing = [index for index in blocks if not self.job.done(block_key(index))]
+        self.watcher.begin("quantize", len(blocks), len(blocks) - len(missing))
+        batches: list[BlockInput] = []
+        if missing and self.settings.quantized_prefix:
+            tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
+            rows = max(1, calibrate.BATCH_TOKENS // tokens.shape[1])
+            batches = capture_first_inputs(self.skeleton, tokens, rows)
+        for index in blocks:
+            checkpoint()
+            if index in missing:
+                self._round_block(index, batches)
+                self.watcher.advance(self.skeleton.blocks[index][0])
+            if missing and self.settings.quantized_prefix and index < missing[-1]:
+                self._forward_quantized(index, batches)
+            self.skeleton.release(index)
+
+    def _round_block(self, index: int, batches: list[BlockInput]) -> None:
+        prefix = self.skeleton.blocks[index][0]
+        linears = {f"{prefix}.{name}": linear for name, linear in find_linears(self.skeleton.materialize(index)).items()}
+        tensors: dict[str, torch.Tensor] = {}
+        layers: dict[str, Any] = {}
+        left: dict[str, str] = {}
+        for names, tokens, hessian_II in self._hessians(index, batches):
+            chosen = [name for name in names if not _matches(name, self.settings.skip)]
+            left |= {name: "skipped by the settings" for name in names if name not in chosen}
+            if not tokens:
+                left |= {name: "never called in calibration" for name in chosen}
+                continue
+            if not chosen:
+                continue
+            started = time.monotonic()
+            packed = self._round(index, {name: linears[name].weight for name in chosen}, hessian_II)
+            seconds = (time.monotonic() - started) / len(chosen)
+            for name, matrix in packed.items():
+                tensors |= {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
+                layers[name] = self._report(name, matrix, linears[name])
+                self._announce(name, layers[name], seconds)
+        self.job.commit(block_key(index), tensors, {"layers": layers, "left": left})
+
+    def _hessians(self, index: int, batches: list[BlockInput]) -> Iterator[tuple[list[str], int, torch.Tensor]]:
+        """(full names of a group, tokens, Hessian float32 [I, I]) for each group of block `index`."""
+        groups = self.calibration.report(block_key(index))["groups"]
+        if not self.settings.quantized_prefix:
+            with self.calibration.open_shard(block_key(index)) as shard:
+                for group in groups:
+                    yield group["names"], group["tokens"], shard.get_tensor(group["names"][0])
+            return
+        prefix, block = self.skeleton.blocks[index]
+        linears = find_linears(block)
+        short = [tuple(name.removeprefix(f"{prefix}.") for name in group["names"]) for group in groups]
+        known = [InputGroup(names, linears[names[0]].in_features) for names in short]
+        with HessianRecorder(block, known) as recorder:
+            for batch in batches:
+                calibrate.run_block(self.skeleton, index, batch)
+        means = recorder.hessians()
+        for group, names in zip(groups, short, strict=True):
+            hessian_II, tokens = means[names[0]]
+            yield group["names"], tokens, hessian_II
+
+    def _round(self, index: int, weights: Mapping[str, torch.Tensor], hessian_II: torch.Tensor) -> dict[str, PackedMatrix]:
+        for name, weight in weights.items():
+            check_finite(f"{name}.weight", weight)
+        settings = RoundingSettings(
+            Transform.parse(self.settings.transform),
+            self.settings.damping,
+            self.settings.refit,
+            scale=self.settings.scale,
+            search=self.settings.search and self.settings.scale is None,
+            fast=self.settings.fast,
+            seed=self.settings.seed,
+        )
+        specs = {name: self._spec(name) for name in weights}
+        luts = {name: self._lut(spec) for name, spec in specs.items()}
+        return round_group(weights, hessian_II, specs, settings, luts)
+
+    def _spec(self, name: str) -> TrellisSpec:
+        override = next((value for pattern, value in self.settings.layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        return self.settings.spec(override)
+
+    def _lut(self, spec: TrellisSpec) -> torch.Tensor | None:
+        if spec not in self.luts:
+            self.luts[spec] = default_lut(spec)
+        return self.luts[spec]
+
+    def _stored(self, name: str, matrix: PackedMatrix) -> dict[str, torch.Tensor]:
+        stored = {"trellis": matrix.trellis, "scale_in": matrix.scale_in, "scale_out": matrix.scale_out}
+        lut = self._lut(self._spec(name))
+        return stored if lut is None else stored | {"lut": lut}
+
+    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear) -> dict[str, Any]:
+        """What the ledger keeps of a layer; nothing in it depends on the clock."""
+        spec = self._spec(name)
+        return {
+            "code": spec.code,
+            "bits_per_step": spec.bits_per_step,
+            "weights_per_step": spec.weights_per_step,
+            "state_bits": spec.state_bits,
+            "transform": self.settings.transform,
+            "shape": [linear.out_features, linear.in_features],
+            "bias": linear.bias is not None,
+            "relative_proxy_loss": matrix.relative_proxy_loss,
+            "unrefitted_loss": matrix.unrefitted_loss,
+            "scale": matrix.scale,
+            "damping": matrix.damping,
+            "dead_inputs": matrix.dead_inputs,
+        }
+
+    def _announce(self, name: str, report: Mapping[str, Any], seconds: float) -> None:
+        rows, columns = report["shape"]
+        self.watcher.row(
+            {
+                "layer": name,
+                "shape": f"{rows} x {columns}",
+                "bits": report["bits_per_step"] / report["weights_per_step"],
+                "relative proxy loss": report["relative_proxy_loss"],
+                "seconds": seconds,
+            }
+        )
+        if report["damping"] > self.settings.damping:
+            self.watcher.note(f"{name}: damping raised from {self.settings.damping:g} to {report['damping']:g}")
+        if report["dead_inputs"]:
+            self.watcher.note(f"{name}: {report['dead_inputs']} of {columns} inputs were always zero in calibration")
+
+    def _forward_quantized(self, index: int, batches: list[BlockInput]) -> None:
+        """Take the batches through block `index` as it was stored."""
+        block = self.skeleton.materialize(index)
+        prefix = self.skeleton.blocks[index][0]
+        tensors = self.job.read(block_key(index))
+        for name, report in self.job.report(block_key(index))["layers"].items():
+            layer = TrellisLinear(layout_of(report), device="cpu")
+            for part in ("trellis", "scale_in", "scale_out", "lut"):
+                if f"{name}.{part}" in tensors:
+                    getattr(layer, part).data = tensors[f"{name}.{part}"]
+            block.get_submodule(name.removeprefix(f"{prefix}.")).weight.data = layer.weight_dense()
+        calibrate.forward(self.skeleton, index, batches)
+
+    def _refuse_unused_patterns(self) -> None:
+        names = [
+            f"{prefix}.{name}" for prefix, block in self.skeleton.blocks for name in find_linears(block)
+        ]
+        for pattern in (*self.settings.skip, *self.settings.layers):
+            if not fnmatch.filter(names, pattern):
+                raise SettingsError(f"no layer is called {pattern!r}", f"names look like {names[0]}; * stands for anything")
+
+
+def layout_of(report: Mapping[str, Any]) -> PackedLayout:
+    """The layout of a layer from what the ledger keeps of it."""
+    spec = TrellisSpec(report["code"], report["bits_per_step"], report["state_bits"], report["weights_per_step"])
+    transform = Transform.parse(report["transform"])
+    rows, columns = report["shape"]
+    return PackedLayout(columns, rows, spec, transform, transform, report["bias"])
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refuse_unsupported(source: ModelSource, skeleton: Skeleton) -> None:
+    """Raise QtipError, naming them, where more of the blocks' weights than a router's would be left as they are."""
+    total = found = 0
+    first = ""
+    for prefix, block in skeleton.blocks:
+        sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
+        total += sum(sizes.values())
+        for name, why in unsupported(block):
+            found += sizes[name]
+            first = first or f"{prefix}.{name} ({why})"
+    if found > LARGEST_UNSUPPORTED_SHARE * total:
+        raise QtipError(
+            f"{100 * found / total:.0f} % of the weights of {source.name} are not in linear layers, such as {first}",
+            "this version quantizes torch.nn.Linear only; fused experts and Conv1D are not supported yet",
+        )
