@@ -66,19 +66,15 @@ def tabulate(spec: TrellisSpec, lut: torch.Tensor | None = None) -> torch.Tensor
 
 
 def _byte_sum(state: torch.Tensor, code: str) -> torch.Tensor:
-    if code == "1mad":
-        x = (state * ONE_MAD_MULTIPLIER + ONE_MAD_INCREMENT) & MASK_32
-    else:
-        x = (state * MUL1_MULTIPLIER) & MASK_32
+    multiplier, increment = (ONE_MAD_MULTIPLIER, ONE_MAD_INCREMENT) if code == "1mad" else (MUL1_MULTIPLIER, 0)
+    x = (state * multiplier + increment) & MASK_32
     total = (x & 0xFF) + ((x >> 8) & 0xFF) + ((x >> 16) & 0xFF) + (x >> 24)
     return (total.to(torch.float32) - BYTE_SUM_MEAN) * BYTE_SUM_INVERSE_DEVIATION
 
 
 def _half_pair_sum(state: torch.Tensor, code: str) -> torch.Tensor:
-    if code == "3inst":
-        x = (state * THREE_INST_MULTIPLIER + THREE_INST_INCREMENT) & MASK_32
-    else:
-        x = (state * MCG_MULTIPLIER) & MASK_32
+    multiplier, increment = (THREE_INST_MULTIPLIER, THREE_INST_INCREMENT) if code == "3inst" else (MCG_MULTIPLIER, 0)
+    x = (state * multiplier + increment) & MASK_32
     x = (x & HALF_PAIR_MASK) ^ HALF_PAIR_XOR
     # Bit patterns above 2^15 are negative as int16; the wrap keeps them.
     high, low = (((half + 0x8000) & 0xFFFF) - 0x8000 for half in (x >> 16, x & 0xFFFF))
@@ -139,8 +135,9 @@ def _hybrid_lut(code: str) -> torch.Tensor:
     # Starting from a random subset, Lloyd's iterations settle well before the last round.
     centres = points[: 1 << HYB_INDEX_BITS].clone()
     for _ in range(HYB_KMEANS_ROUNDS):
-        # argmin of |p - c|^2 needs only |c|^2 / 2 - p.c
-        nearest = torch.addmm(centres.square().sum(1) / 2, points, centres.T, alpha=-1).argmin(1)
+        # argmin of |p - c|^2 needs only |c|^2 / 2 - p.c; in pieces that stay in the cache
+        half_norm = centres.square().sum(1) / 2
+        nearest = torch.cat([torch.addmm(half_norm, piece, centres.T, alpha=-1).argmin(1) for piece in points.split(1024)])
         count = torch.bincount(nearest, minlength=len(centres)).clamp(min=1).unsqueeze(1)
         centres = torch.zeros_like(centres).index_add_(0, nearest, points) / count
     centres *= HYB_LUT_RMS / centres.square().mean().sqrt()

@@ -40,7 +40,7 @@ def matvec(x: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: torch
     if x.shape[-1] != columns:
         raise SpecError(f"x has {x.shape[-1]} features, the packed matrix {columns} inputs")
     rows = x.reshape(-1, columns).to(torch.float32)
-    return torch.ops.qtip.matvec(rows, trellis, lut, *_fields(spec)).reshape(*x.shape[:-1], -1).to(x.dtype)
+    return torch.ops.qtip.matvec(rows, trellis, lut, *_fields(spec)).reshape(*x.shape[:-1], trellis.shape[0] * TILE).to(x.dtype)
 
 
 def hadamard(x: torch.Tensor, block: int, transpose: bool = False) -> torch.Tensor:

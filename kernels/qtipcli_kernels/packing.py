@@ -16,8 +16,8 @@ FORMAT_VERSION = 1
 WALK_TO_TILE = torch.arange(TILE_WEIGHTS).reshape(2, 8, 2, 4, 2).permute(1, 3, 2, 0, 4).reshape(-1)
 """int64 [256]: for each position on the walk, the row-major position in the 16 x 16 tile.
 
-The order of the A operand of `mma.m16n8k16` (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane 4 (row % 8) + (column % 8) // 2
-owns eight consecutive positions, ordered by column half, row half, column parity.
+The order of the A operand of `mma.m16n8k16` (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane
+4 (row % 8) + (column % 8) // 2 owns eight consecutive positions, ordered by column half, row half, column parity.
 """
 
 TILE_TO_WALK = torch.argsort(WALK_TO_TILE)
@@ -37,7 +37,9 @@ def pack(states: torch.Tensor, spec: TrellisSpec) -> torch.Tensor:
     broken = (state & shared_mask) != (state.roll(-1, dims=1) >> spec.bits_per_step)
     if bool(broken.any()):
         tile, step = (int(index) for index in broken.nonzero()[0])
-        raise SpecError(f"tile {tile} is no tail-biting walk: step {step} and its successor do not share {spec.shared_bits} bits")
+        raise SpecError(
+            f"tile {tile} is no tail-biting walk: step {step} and its successor do not share {spec.shared_bits} bits"
+        )
     # The first kV bits of every window, end to end, are the ring.
     chunk = (state >> spec.shared_bits).to(torch.uint8).numpy()
     bits = np.unpackbits(chunk[..., None], axis=2)[..., 8 - spec.bits_per_step :]

@@ -1,6 +1,6 @@
-"""Owns TrellisSpec: which trellises and codes exist, and every size that follows from that choice. No torch here.
+"""Owns TrellisSpec: which trellises and codes exist, and every size that follows from the choice. No torch here.
 
-Letters of the paper (QTIP, arXiv 2406.11235, section 3): L state bits, V weights per step, kV bits per step, Q index bits of HYB.
+Letters of the paper (QTIP, arXiv 2406.11235, section 3): L state bits, V weights a step, kV bits a step, Q index bits of HYB.
 """
 
 from dataclasses import dataclass

@@ -20,19 +20,30 @@ def thread_count() -> int:
 def for_ranges(count: int, step: int, work: Callable[[int, int], None]) -> None:
     """Call work(start, stop) over range(count) in pieces of `step`, on every core; a single piece on the calling thread.
 
-    Pieces are handed out one by one, so that a core that the machine slows down takes fewer. Which thread takes which piece is
-    left open: `work` must write only what belongs to its range. Raises what `work` raises.
+    Pieces are handed out one by one, so that a core that the machine slows down takes fewer. The calling thread takes its share
+    and waits only for pieces that others have begun. Which thread takes which piece is left open: `work` must write only what
+    belongs to its range. Raises what `work` raises.
     """
-    pieces = [(start, min(start + step, count)) for start in range(0, count, step)]
-    if len(pieces) <= 1 or thread_count() == 1:
-        for start, stop in pieces:
-            work(start, stop)
-        return
-    for done in [_pool(os.getpid()).submit(work, start, stop) for start, stop in pieces]:
-        done.result()
+    pieces = iter(range(0, count, step))
+
+    def take_pieces() -> None:
+        # Threads share the iterator; stepping it is atomic under the GIL.
+        for start in pieces:
+            work(start, min(start + step, count))
+
+    helpers = [_pool(os.getpid()).submit(take_pieces) for _ in range(min(thread_count(), -(-count // step)) - 1)]
+    try:
+        take_pieces()
+    finally:
+        # After an error nobody begins another piece; a helper that has not started by now has nothing left to do.
+        for _ in pieces:
+            pass
+        begun = [helper for helper in helpers if not helper.cancel()]
+        for helper in begun:
+            helper.result()
 
 
 @lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
     # One for each process: threads do not survive a fork.
-    return ThreadPoolExecutor(thread_count(), thread_name_prefix=f"qtip-{process}")
+    return ThreadPoolExecutor(max(1, thread_count() - 1), thread_name_prefix=f"qtip-{process}")

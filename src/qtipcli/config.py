@@ -110,7 +110,8 @@ def settings_from(kind: type[Settings], values: dict[str, Any]) -> Settings:
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field, kind.model_fields, 1)
             raise SettingsError(
-                f"there is no setting {field!r}", f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kind.model_fields)}"
+                f"there is no setting {field!r}",
+                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kind.model_fields)}",
             ) from error
         raise SettingsError(f"setting {field} is {first['input']!r}: {first['msg']}", "see qtip quantize --help") from error
 

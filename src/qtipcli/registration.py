@@ -10,10 +10,8 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 METHOD = "qtip"
 REGISTRY = "transformers.quantizers.auto"
@@ -36,10 +34,10 @@ class DeferredClass:
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, *arguments: object, **options: object) -> object:
         return self._load()(*arguments, **options)
 
-    def __getattr__(self, attribute: str) -> Any:
+    def __getattr__(self, attribute: str) -> object:
         # Python probes for special methods, copying and inspecting do: no reason to load torch.
         if attribute.startswith("__"):
             raise AttributeError(attribute)
@@ -53,7 +51,7 @@ class RegistryWatcher:
     """A finder that finds nothing itself: it lets the others find REGISTRY, and has the entries made after that ran."""
 
     @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(name: str, path: list[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The registry's own spec, its loader extended; None for any other module."""
         if name != REGISTRY:
             return None

@@ -3,40 +3,31 @@
 import pytest
 from hub import forks, packed_llama
 
-LOAD = """
-import importlib
-for name in {order}:
+IMPORTS = {
+    "transformers first": "import transformers.modeling_utils, qtipcli",
+    "no qtipcli": "import transformers",
+    "qtipcli first, then both from threads": """
+import qtipcli, importlib, threading
+names = ["transformers.quantizers.auto", "qtipcli.hub.quantizer"] * 4
+def load(name):
+    start.wait()
     importlib.import_module(name)
+    imported.append(name)
+start, imported = threading.Barrier(len(names)), []
+threads = [threading.Thread(target=load, args=(name,)) for name in names]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert len(imported) == len(names)
+""",
+}
+
+LOAD = """
 from hub import packed_llama
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({directory!r})
 save_file({{"logits": packed_llama.logits(model)}}, {output!r})
 """
-
-THREADS = """
-import qtipcli, importlib, threading
-names = ["transformers.quantizers.auto", "qtipcli.hub.quantizer"] * 4
-failures = []
-def load(name):
-    start.wait()
-    try:
-        importlib.import_module(name)
-    except BaseException as error:
-        failures.append(repr(error))
-start = threading.Barrier(len(names))
-threads = [threading.Thread(target=load, args=(name,)) for name in names]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-from transformers.quantizers import auto
-print(failures, type(auto.AUTO_QUANTIZER_MAPPING["qtip"]).__name__)
-"""
-
-ORDERS = {
-    "qtipcli first": ("qtipcli", "transformers.modeling_utils"),
-    "transformers first": ("transformers.modeling_utils", "qtipcli"),
-    "no qtipcli": ("transformers",),
-}
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +41,10 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fresh(saved, tmp_path_factory):
-    """Program -> (exit status, output, file it may have written) of a fresh process each: the ORDERS, and "threads"."""
+    """Key of IMPORTS -> (exit status, output, where it may have saved the logits) of a fresh process each."""
     folder = tmp_path_factory.mktemp("fresh")
-    files = {name: folder / f"{name}.safetensors" for name in ORDERS}
+    files = {name: folder / f"{name}.safetensors" for name in IMPORTS}
     programs = {
-        name: LOAD.format(order=order, directory=str(saved[0]), output=str(files[name])) for name, order in ORDERS.items()
+        name: imports + LOAD.format(directory=str(saved[0]), output=str(files[name])) for name, imports in IMPORTS.items()
     }
-    results = forks.run(programs | {"threads": THREADS})
-    return {name: (*result, files.get(name)) for name, result in results.items()}
+    return {name: (*result, files[name]) for name, result in forks.run(programs).items()}

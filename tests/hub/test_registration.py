@@ -42,11 +42,6 @@ def test_the_version_is_there_installed_or_not():
         _ = qtipcli.unknown
 
 
-def test_threads_that_import_both_sides_at_once_all_end_and_register_once(fresh):
-    status, output, _ = fresh["threads"]
-    assert (status, output) == (0, "[] DeferredClass\n")
-
-
 def test_the_entries_stand_for_the_real_classes():
     deferred = auto.AUTO_QUANTIZER_MAPPING["qtip"]
     assert deferred.requires_calibration is True

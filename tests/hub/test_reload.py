@@ -76,7 +76,7 @@ def test_a_second_save_and_reload_changes_nothing(saved, tmp_path):
     assert first["quantization_config"] == second["quantization_config"]
 
 
-@pytest.mark.parametrize("order", ["qtipcli first", "transformers first"])
+@pytest.mark.parametrize("order", ["qtipcli first, then both from threads", "transformers first"])
 def test_a_fresh_process_gives_the_same_bits_in_either_import_order(fresh, saved, order):
     status, output, file = fresh[order]
     assert status == 0, output

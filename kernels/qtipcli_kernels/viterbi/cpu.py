@@ -46,8 +46,8 @@ CONTRACT = ("contract",)
 def encode(tiles: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, fast: bool = False) -> torch.Tensor:
     """The walk nearest to each tile; the contract of `reference.encode`, on every core that Numba may use.
 
-    Memory beyond the result: per core one history of G * T * P bytes (8 MiB at 2 bits, 16 MiB at most) and a few rows of P costs,
-    whatever N is.
+    Memory beyond the result: per core one history of G * T * P bytes (8 MiB at 2 bits, 16 MiB at most) and a few rows of P
+    costs, whatever N is.
     """
     x_NTV = tiles.to(torch.float32).contiguous().numpy().reshape(len(tiles), spec.steps, spec.weights_per_step)
     code_VS = np.ascontiguousarray(table.to(torch.float32).numpy().T)
@@ -62,7 +62,7 @@ def encode(tiles: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, fast: bo
 
 
 def _scratch(spec: TrellisSpec) -> tuple[np.ndarray, np.ndarray]:
-    """This thread's costs and back-pointers, kept for the next call: touching megabytes of fresh memory takes as long as a tile."""
+    """This thread's costs and back-pointers, kept for the next call: fresh megabytes take as long to touch as a tile to encode."""
     if getattr(_thread, "spec", None) != spec:
         shared = 1 << spec.shared_bits
         _thread.spec = spec
@@ -176,7 +176,7 @@ def _splat(builder, scalar, lanes: int):
 
 @lru_cache(maxsize=32)
 def _group_encoder(spec: TrellisSpec):
-    """The compiled encoder of one trellis for tiles `start` to `start + G`; it closes over integers alone, for Numba's cache."""
+    """The compiled encoder of one trellis for tiles `start` to `start + G`; it closes over integers only, for Numba's cache."""
     steps, half = spec.steps, spec.steps // 2
     state_bits, bits_per_step, values = spec.state_bits, spec.bits_per_step, spec.weights_per_step
     shared_bits = spec.shared_bits

@@ -29,9 +29,7 @@ def encode(tiles: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, fast: bo
     return viterbi(x_NTV, spec, table, seam)
 
 
-def viterbi(
-    x_NTV: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, seam: torch.Tensor | None = None
-) -> torch.Tensor:
+def viterbi(x_NTV: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, seam: torch.Tensor | None = None) -> torch.Tensor:
     """Cheapest walk through x, int32 [N, T]; with `seam` [N], walks whose two ends share those L - kV bits."""
     state = torch.arange(spec.states)
     edges = torch.arange(1 << spec.bits_per_step)

@@ -30,9 +30,9 @@ class QtipHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_tensor_parallel(model)
-        # The files carry the names of the class that saved the model; the one being loaded may lack or add a prefix.
         if files := kwargs.get("checkpoint_files"):
             check_tensors(self.quantization_config.layouts(), files)
+        # The files carry the names of the class that saved the model; the one being loaded may lack or add a prefix.
         names = _names_in(model, list(self.quantization_config.layers))
         if any(here != there for here, there in names.items()) or len(names) != len(self.quantization_config.layers):
             self.quantization_config = self.quantization_config.renamed(names)

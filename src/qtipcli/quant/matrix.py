@@ -77,8 +77,7 @@ def round_group(
     metric_II = damped.hessian_II.to(torch.float32)
 
     layers = {
-        name: _round(name, weights[name].detach().to(torch.float32), specs[name], luts[name], basis, settings)
-        for name in names
+        name: _round(name, weights[name].detach().to(torch.float32), specs[name], luts[name], basis, settings) for name in names
     }
     stacked_weight = torch.cat([layer.weight_OI for layer in layers.values()])
     stacked_rounded = torch.cat([layer.decoded_OI for layer in layers.values()])
@@ -131,9 +130,7 @@ def _round(
     table_SV = tabulate(spec, lut)
     # A matrix of zeros gets step size 0, which makes its scale_out 0, whatever walk is stored.
     step_size = weight_rms / (scale * rms(table_SV))
-    states, rounded_PJ = round_ldlq(
-        turned_PJ / (step_size or 1.0), basis.lower_JJ, tile_rounder(spec, table_SV, settings.fast)
-    )
+    states, rounded_PJ = round_ldlq(turned_PJ / (step_size or 1.0), basis.lower_JJ, tile_rounder(spec, table_SV, settings.fast))
     words = pack(states.reshape(-1, spec.steps), spec)
     decoded_OI = rotate_weight_back(rounded_PJ * step_size, signs_O, basis.signs_I, settings.transform)
     return _RoundedLayer(weight_OI, decoded_OI, words.reshape(len(states), -1), signs_O, step_size, scale)

@@ -15,7 +15,19 @@ from qtipcli_kernels.codes import lut_shape, tabulate
 from qtipcli_kernels.dispatch import encode
 from qtipcli_kernels.spec import TILE, TrellisSpec
 
-COMPUTED_SCALES = {1.0: 1.15, 1.5: 1.07, 2.0: 1.0, 2.5: 0.97, 3.0: 0.95, 3.5: 0.92, 4.0: 0.90, 5.0: 0.85, 6.0: 0.80, 7.0: 0.76, 8.0: 0.72}
+COMPUTED_SCALES = {
+    1.0: 1.15,
+    1.5: 1.07,
+    2.0: 1.0,
+    2.5: 0.97,
+    3.0: 0.95,
+    3.5: 0.92,
+    4.0: 0.90,
+    5.0: 0.85,
+    6.0: 0.80,
+    7.0: 0.76,
+    8.0: 0.72,
+}
 """Bits per weight -> best ratio of a Gaussian source at L = 16, from `qtip bench distortion` (docs/benchmarks)."""
 
 HYBRID_SCALES = {1.0: 1.15, 1.5: 1.07, 2.0: 1.0, 2.5: 0.95, 3.0: 0.90, 3.5: 0.85, 4.0: 0.80}
@@ -25,7 +37,7 @@ SEARCH_FACTORS = (0.70, 0.78, 0.86, 0.94, 1.02)
 """Shares of the table's ratio that the search tries; the best lay between 0.75 and 0.95 for every matrix of the materials."""
 
 SEARCH_STATE_BITS = 10
-"""L of the trellis that the search rounds with: 64 times cheaper than 16, and the best ratio is the same to its own accuracy."""
+"""L of the trellis that the search rounds with: 64 times cheaper than 16; the best ratio hardly moves."""
 
 SEARCH_ROWS = 8 * TILE
 """Rows that the search rounds. Rows are rounded independently of one another, so a part stands for the whole."""

@@ -80,7 +80,9 @@ def run(
     watcher = watcher or Silent()
     windows = load_windows(source, settings)
     if windows.requested and windows.rows < windows.requested:
-        watcher.note(f"{windows.source} holds {windows.rows} windows of {windows.context} tokens, not {windows.requested}: all are used")
+        watcher.note(
+            f"{windows.source} holds {windows.rows} windows of {windows.context} tokens, not {windows.requested}: all are used"
+        )
     frozen = settings.model_dump() | {"data": settings.data or CALIBRATION_DATA, "context": windows.context}
     fingerprint = {
         "model": fingerprint_model(source.directory),

@@ -30,7 +30,9 @@ def run(directory: Path) -> dict[str, Any]:
         if not (directory / name).is_file():
             raise CorruptError(f"{directory / name} is missing", "pack or download the model again")
         if sha256_file(directory / name) != expected:
-            raise CorruptError(f"{directory / name} is damaged: its sha256 is not the one recorded", "pack or download it again")
+            raise CorruptError(
+                f"{directory / name} is damaged: its sha256 is not the one recorded", "pack or download it again"
+            )
     index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
     files = sorted({directory / name for name in index["weight_map"].values()})
     layouts = config.layouts()

@@ -180,7 +180,12 @@ class _Packer:
         """Tokenizer, chat template, generation config, licence: all but weights, their index, and the config."""
         for file in sorted(self.source.directory.iterdir()):
             is_weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-            if file.is_file() and not is_weight and file.name not in ("config.json", RECORD_FILE) and not file.name.startswith("."):
+            if (
+                file.is_file()
+                and not is_weight
+                and file.name not in ("config.json", RECORD_FILE)
+                and not file.name.startswith(".")
+            ):
                 shutil.copyfile(file, self.directory / file.name)
 
     def _write_config(self) -> None:

@@ -72,4 +72,6 @@ def _calibrate(source: ModelSource, asked: Mapping[str, Any], directory: Path, f
     try:
         calibrate.run(source, settings, directory, force, watcher)
     except MismatchError as error:
-        raise MismatchError(error.message, "leave those options out to use what is there, or --hessians DIR for others") from error
+        raise MismatchError(
+            error.message, "leave those options out to use what is there, or --hessians DIR for others"
+        ) from error

@@ -111,7 +111,7 @@ class _Quantizer:
             chosen = [name for name in names if not _matches(name, self.settings.skip)]
             left |= {name: "skipped by the settings" for name in names if name not in chosen}
             if not tokens:
-                left |= {name: "never called in calibration" for name in chosen}
+                left |= dict.fromkeys(chosen, "never called in calibration")
                 continue
             if not chosen:
                 continue
@@ -222,9 +222,7 @@ class _Quantizer:
         calibrate.forward(self.skeleton, index, batches)
 
     def _refuse_unused_patterns(self) -> None:
-        names = [
-            f"{prefix}.{name}" for prefix, block in self.skeleton.blocks for name in find_linears(block)
-        ]
+        names = [f"{prefix}.{name}" for prefix, block in self.skeleton.blocks for name in find_linears(block)]
         for pattern in (*self.settings.skip, *self.settings.layers):
             if not fnmatch.filter(names, pattern):
                 raise SettingsError(f"no layer is called {pattern!r}", f"names look like {names[0]}; * stands for anything")

@@ -1,0 +1,257 @@
+"""Owns the commands: each is a signature, a sentence and one call. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from qtipcli.cli import options
+from qtipcli.cli.bench import bench_app
+from qtipcli.cli.display import Display, print_json, print_table
+from qtipcli.config import CalibrationSettings, settings_from
+
+
+class _Group(TyperGroup):
+    """Lists the commands in the order in which they are used."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return list(self.commands)
+
+
+app = typer.Typer(
+    name="qtip",
+    cls=_Group,
+    help="Trellis-coded quantization of language models to 1-8 bits a weight. Jobs resume: give the same command again.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        import qtipcli
+
+        print(f"qtip {qtipcli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def calibrate(
+    model: options.Model,
+    out: Annotated[Path | None, typer.Option(help="Where the Hessians go [MODEL.hessians].")] = None,
+    data: options.Data = None,
+    samples: options.Samples = None,
+    context: options.Context = None,
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+    force: options.Force = False,
+) -> None:
+    """Measure what the model's layers see: one proxy Hessian for each input, saved once and used for every bitrate."""
+    from qtipcli.model.source import ModelSource
+    from qtipcli.stages import calibrate, pipeline
+
+    settings = settings_from(CalibrationSettings, options.given(data=data, samples=samples, context=context, seed=seed))
+    source = ModelSource.open(model, revision, trust_remote_code)
+    with Display() as display:
+        directory = calibrate.run(source, settings, out or pipeline.hessians_directory(source), force, display)
+    print(directory)
+
+
+@app.command()
+def quantize(
+    model: options.Model,
+    bits: Annotated[float | None, typer.Option(help="Payload bits per weight, 1 to 8 [2].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the packed model goes [MODEL-qtip-Nbit].")] = None,
+    code: Annotated[str | None, typer.Option(help="3inst, 1mad, mul1, mcg, hyb, hyb2 or lut [3inst].")] = None,
+    preset: options.PresetName = None,
+    hessians: Annotated[Path | None, typer.Option(help="From `qtip calibrate`; made if absent [MODEL.hessians].")] = None,
+    data: options.Data = None,
+    samples: options.Samples = None,
+    context: options.Context = None,
+    seed: options.Seed = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave as they are, such as '*.v_proj'; repeat.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS or PATTERN=BITS:CODE; repeat.")] = None,
+    state_bits: Annotated[int | None, typer.Option(help="L of the trellis, 8 to 16; fewer is faster and worse [16].")] = None,
+    transform: Annotated[str | None, typer.Option(help="Incoherence transform: full or block-128 [full].")] = None,
+    damping: Annotated[float | None, typer.Option(help="Share of the Hessian's mean diagonal added to it [0.001].")] = None,
+    scale: Annotated[float | None, typer.Option(help="Weights' rms over the code's [by code and rate, then searched].")] = None,
+    search: Annotated[bool | None, typer.Option("--search/--no-search", help="Search each matrix's best scale.")] = None,
+    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit row and column scales.")] = None,
+    quantized_prefix: Annotated[
+        bool | None, typer.Option("--quantized-prefix/--original-prefix", help="Calibrate on already quantized blocks.")
+    ] = None,
+    fast: Annotated[bool | None, typer.Option("--fast/--exact", help="Shorter first encoder pass: 25 % faster.")] = None,
+    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Pack when all layers are rounded.")] = True,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantize a model: calibrate if need be, round every linear of every block, pack a directory that transformers loads."""
+    chosen = options.preset_of(preset)
+    settings = options.quantize_settings(
+        chosen, layer or [], bits=bits, code=code, state_bits=state_bits, transform=transform, damping=damping, refit=refit,
+        scale=scale, search=search, fast=fast, quantized_prefix=quantized_prefix, seed=seed, skip=skip,
+    )  # fmt: skip
+    calibration = chosen.calibrate.model_dump(exclude_defaults=True) | options.given(
+        data=data, samples=samples, context=context, seed=seed
+    )
+    from qtipcli.model.source import ModelSource
+    from qtipcli.stages import pipeline
+
+    source = ModelSource.open(model, revision, trust_remote_code)
+    target = out or pipeline.output_directory(source, settings.bits)
+    where = hessians or pipeline.hessians_directory(source)
+    with Display() as display:
+        result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack)
+    _summarize(result, as_json) if pack else print(result)
+
+
+@app.command("pack")
+def pack_command(
+    model: options.Model,
+    job: Annotated[Path, typer.Argument(help="The finished run directory of `qtip quantize`: OUT.job.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the packed model goes.", show_default=False)],
+    max_shard_size: Annotated[str, typer.Option(help="Of each safetensors file.")] = "5GB",
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Pack a finished quantize job: shards, config, tokenizer and checksums, the index last."""
+    from qtipcli.model.source import ModelSource
+    from qtipcli.stages import pack
+
+    source = ModelSource.open(model, revision, trust_remote_code)
+    with Display() as display:
+        pack.run(source, job, out, force, max_shard_size, display)
+    _summarize(out, as_json)
+
+
+@app.command("eval")
+def eval_command(
+    directory: Annotated[str, typer.Argument(help="A packed directory, or any causal language model.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The original model: adds KL divergence, top-1 agreement and ratio.")] = None,
+    data: options.Data = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in each window [the model's own, at most 2048].", min=2)] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows from the start of the text [all].", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [float32 on a CPU].")] = None,
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure a model on held-out text: perplexity with its protocol, and how far it is from the original."""
+    from qtipcli.stages import measure
+
+    with Display() as display:
+        result = measure.run(directory, base, data, context, windows, dtype, trust_remote_code, display).as_json()
+    if as_json:
+        print_json(result)
+        return
+    protocol = result.pop("protocol")
+    print_table("", [{"figure": name, "value": value} for name, value in result.items() if value is not None])
+    print(", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None))
+
+
+@app.command()
+def generate(
+    directory: Annotated[str, typer.Argument(help="A packed directory, or any causal language model.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Generate text from a prompt, from packed weights, with the speed it had."""
+    from dataclasses import asdict
+
+    from qtipcli.stages import generate
+
+    stream = None if as_json else lambda text: print(text, end="", flush=True)
+    if not as_json:
+        print(prompt, end="", flush=True)
+    result = generate.run(directory, prompt, tokens, temperature, seed, stream)
+    if as_json:
+        print_json(asdict(result))
+        return
+    print()
+    Display().note(f"{result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A packed directory.", show_default=False)],
+    as_json: options.Json = False,
+) -> None:
+    """Check a packed directory (every shape, dtype and checksum) and show what is in it, layer by layer."""
+    from qtipcli.stages import inspect
+
+    _report(inspect.run(directory), as_json)
+
+
+@app.command()
+def doctor(as_json: options.Json = False) -> None:
+    """Say what this machine can run, with versions."""
+    from qtipcli.stages import doctor
+
+    report = doctor.run()
+    if as_json:
+        print_json(report)
+        return
+    print_table("", report["rows"])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes; given again, it goes on.")] = Path("demo-run"),
+    state_bits: Annotated[int, typer.Option(help="L of the trellis; 12 is quick and worse.")] = 16,
+    as_json: options.Json = False,
+) -> None:
+    """Take the embedded model through it all, offline: calibrate, quantize to 2, 3 and 4 bits, evaluate, generate."""
+    from qtipcli.stages import demo
+
+    with Display() as display:
+        report = demo.run(out, state_bits, display)
+    if as_json:
+        print_json(report)
+        return
+    for sample in report["samples"]:
+        print(f"--- {sample['model']} continues {report['prompt']!r}\n{sample['text'].rstrip()}\n")
+    print_table("What was gained and lost", report["rows"])
+
+
+app.add_typer(bench_app, name="bench")
+
+
+def _summarize(directory: Path, as_json: bool) -> None:
+    from qtipcli.stages import inspect
+
+    report = inspect.run(directory)
+    if as_json:
+        print_json(report)
+        return
+    print(f"{directory}: {report['bits_per_weight']:.3f} bits per weight as stored, {report['bytes'] / 1e6:.2f} MB in all")
+
+
+def _report(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+        return
+    print_table("", report["rows"])
+    for name, why in report["not_converted"].items():
+        print(f"not converted: {name} ({why})")
+    print(
+        f"{report['directory']}: {report['bits_per_weight']:.3f} bits per weight as stored, {report['bytes'] / 1e6:.2f} MB, "
+        f"{report['parameters']:,} parameters, {report['checksums']} checksums right"
+    )

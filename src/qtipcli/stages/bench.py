@@ -1,0 +1,184 @@
+"""Owns the benchmarks of codes and encoder: distortion on Gaussian weights, weights per second, peak memory."""
+
+from __future__ import annotations
+
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from qtipcli.errors import QtipError, SettingsError
+from qtipcli.quant.scale import rms, source_scale
+from qtipcli.stages.doctor import cpu_name
+from qtipcli.stages.progress import Silent, Watcher
+from qtipcli_kernels import dispatch
+from qtipcli_kernels.codes import tabulate
+from qtipcli_kernels.spec import CODE_WEIGHTS_PER_STEP, TILE_WEIGHTS, SpecError, TrellisSpec, offered_bits
+from qtipcli_kernels.viterbi import reference
+
+SEED = 1
+
+CODES = tuple(CODE_WEIGHTS_PER_STEP)
+BITS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+
+SCALE_STEPS = (-0.1, -0.05, 0.0, 0.05, 0.1)
+"""What `--scales` adds to the table's scale."""
+
+ENCODE_ROUNDS = 5
+ENCODE_TILES, REFERENCE_TILES = 64, 2
+"""Tiles in one timing of the encoder and of the reference, which is slower by two orders."""
+
+MEMORY_MATRIX = 4096
+"""Rows and columns of the matrix whose encoding's memory is measured."""
+
+
+def device_name() -> str:
+    """What a report says it ran on."""
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def distortion(
+    codes: tuple[str, ...] | None,
+    bits: tuple[float, ...] | None,
+    tiles: int,
+    state_bits: int,
+    search_scales: bool = False,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Mean squared error per weight of i.i.d. N(0, 1) tiles, relative to their variance.
+
+    Returns {"device", "rows"}: code, bits, state_bits, scale (rms of the source over rms of the code), mse, stderr, bound.
+    """
+    watcher = watcher or Silent()
+    specs = _specs(codes, bits, state_bits)
+    source = torch.randn(tiles, TILE_WEIGHTS, generator=torch.Generator().manual_seed(SEED))
+    rows = []
+    watcher.begin("distortion", len(specs))
+    for spec in specs:
+        table_SV = tabulate(spec)
+        start = source_scale(spec)
+        scales = [round(start + step, 3) for step in SCALE_STEPS] if search_scales else [start]
+        rows.append(min((_distortion(source, spec, table_SV, scale) for scale in scales), key=lambda row: row["mse"]))
+        watcher.advance(f"{spec.code} {spec.bits:g} bits: {rows[-1]['mse']:.5f}")
+    return {"device": device_name(), "rows": rows}
+
+
+def _specs(codes: tuple[str, ...] | None, bits: tuple[float, ...] | None, state_bits: int) -> list[TrellisSpec]:
+    """Every code at every rate; rates that a code lacks are left out unless both were asked for by name."""
+    try:
+        return [
+            TrellisSpec.at_bits(code, rate, state_bits)
+            for code in codes or CODES
+            for rate in bits or BITS
+            if (codes and bits) or rate in offered_bits(code)
+        ]
+    except SpecError as error:
+        raise SettingsError(str(error), "qtip bench distortion --help") from error
+
+
+def _distortion(source: torch.Tensor, spec: TrellisSpec, table_SV: torch.Tensor, scale: float) -> dict[str, Any]:
+    step_size = rms(source) / (scale * rms(table_SV))
+    tiles = source / step_size
+    states = dispatch.encode(tiles, spec, table_SV)
+    variance = float(tiles.square().mean(dtype=torch.float64))
+    per_tile = reference.distortion(tiles, states, table_SV) / TILE_WEIGHTS / variance
+    return {
+        "code": spec.code,
+        "bits": spec.bits,
+        "state_bits": spec.state_bits,
+        "weights_per_step": spec.weights_per_step,
+        "scale": scale,
+        "mse": float(per_tile.mean()),
+        "stderr": float(per_tile.std() / len(per_tile) ** 0.5),
+        "bound": 4.0**-spec.bits,
+    }
+
+
+def encode(code: str, bits: float, state_bits: int) -> dict[str, Any]:
+    """The encoder against the textbook gather formulation, in turns in one run; medians.
+
+    Returns {"device", "rows"}: code, bits, state_bits, weights_per_s, reference_weights_per_s, ratio, peak_extra_MB.
+    Raises QtipError, and gives no speed, where the two disagree.
+    """
+    try:
+        spec = TrellisSpec.at_bits(code, bits, state_bits)
+    except SpecError as error:
+        raise SettingsError(str(error), "qtip bench encode --help") from error
+    table_SV = tabulate(spec)
+    tiles = torch.randn(ENCODE_TILES, TILE_WEIGHTS, generator=torch.Generator().manual_seed(SEED)) * rms(table_SV)
+    few = tiles[:REFERENCE_TILES]
+    dispatch.encode(few, spec, table_SV)  # compiles
+    fast_s, slow_s = [], []
+    for _ in range(ENCODE_ROUNDS):
+        states, seconds = _timed(lambda: dispatch.encode(tiles, spec, table_SV))
+        fast_s.append(seconds / tiles.numel())
+        expected, seconds = _timed(lambda: reference.encode(few, spec, table_SV))
+        slow_s.append(seconds / few.numel())
+    found_cost = reference.distortion(few, states[:REFERENCE_TILES], table_SV)
+    expected_cost = reference.distortion(few, expected, table_SV)
+    if not torch.allclose(found_cost, expected_cost, rtol=1e-6):
+        raise QtipError("the encoder's walks cost more than the reference's: no speed is given", "report this as a bug")
+    fast, slow = 1 / statistics.median(fast_s), 1 / statistics.median(slow_s)
+    row = {
+        "code": code,
+        "bits": bits,
+        "state_bits": state_bits,
+        "weights_per_s": fast,
+        "reference_weights_per_s": slow,
+        "ratio": fast / slow,
+        "peak_extra_MB": _peak_extra_megabytes(spec),
+    }
+    return {"device": device_name(), "rows": [row]}
+
+
+def _timed(call: Any) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return call(), time.perf_counter() - started
+
+
+def _peak_extra_megabytes(spec: TrellisSpec) -> float:
+    """Peak memory of encoding a 4096 x 4096 matrix by block columns, beyond the matrix, in a process of its own.
+
+    What is measured is the rounding's own pattern: a column of 256 tiles at a time, packed states kept. Speed does not matter
+    to memory, so only the first columns are encoded; the packed result of all is allocated.
+    """
+    script = f"""
+import resource, torch
+from qtipcli.stages.bench import encode_columns
+from qtipcli_kernels.spec import TrellisSpec
+spec = TrellisSpec({spec.code!r}, {spec.bits_per_step}, {spec.state_bits}, {spec.weights_per_step})
+print(encode_columns(spec, {MEMORY_MATRIX}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise QtipError(f"the memory measurement failed: {done.stderr.strip().splitlines()[-1]}", "report this as a bug")
+    return float(done.stdout)
+
+
+def encode_columns(spec: TrellisSpec, size: int, columns: int = 2) -> float:
+    """Encode `columns` block columns of a size x size matrix; returns the megabytes by which the process's peak grew."""
+    table_SV = tabulate(spec)
+    dispatch.encode(torch.zeros(1, TILE_WEIGHTS), spec, table_SV)
+    weight = torch.randn(size, size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kept = torch.zeros(size // 16, size // 16, spec.steps, dtype=torch.int32)
+    for column in range(columns):
+        tiles = weight[:, 16 * column : 16 * (column + 1)].reshape(-1, TILE_WEIGHTS)
+        kept[:, column] = dispatch.encode(tiles, spec, table_SV)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "4096x11008" -> (4096, 11008). Raises SettingsError."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise SettingsError(f"{text!r} is not a shape", "give OUTPUTSxINPUTS, such as 4096x11008")
+    rows, columns = int(match[1]), int(match[2])
+    if rows % 16 or columns % 16:
+        raise SettingsError(f"shape {text} is not in whole tiles", "use multiples of 16")
+    return rows, columns
