@@ -14,7 +14,8 @@ import numba
 
 def thread_count() -> int:
     """Threads that CPU kernels use: NUMBA_NUM_THREADS, else the cores this process may run on."""
-    return numba.get_num_threads()
+    # Not numba.get_num_threads(): that starts Numba's own threads, and with them sets how many OpenMP gives torch.
+    return numba.config.NUMBA_NUM_THREADS
 
 
 def for_ranges(count: int, step: int, work: Callable[[int, int], None]) -> None:

@@ -62,7 +62,7 @@ def encode(tiles: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, fast: bo
 
 
 def _scratch(spec: TrellisSpec) -> tuple[np.ndarray, np.ndarray]:
-    """This thread's costs and back-pointers, kept for the next call: fresh megabytes take as long to touch as a tile to encode."""
+    """This thread's costs and back-pointers, kept for the next call: touching fresh megabytes costs as much as a tile."""
     if getattr(_thread, "spec", None) != spec:
         shared = 1 << spec.shared_bits
         _thread.spec = spec

@@ -18,7 +18,7 @@ def heldout_loss(model: torch.nn.Module, token_N: torch.Tensor) -> float:
     """Mean negative log-likelihood of the tokens, in nats per token.
 
     token_N: int64 [N]. Protocol: windows of the model's full context that do not overlap; a window begins with the token before
-    it (the first with end-of-text), so every token is predicted exactly once, from up to context - 1 tokens before it.
+    it (the first with end-of-text), so every token is predicted exactly once, from at most `context` tokens before it.
     """
     context = model.config.max_position_embeddings
     token_N = torch.cat([torch.tensor([END_OF_TEXT_ID]), token_N])

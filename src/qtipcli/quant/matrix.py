@@ -3,6 +3,7 @@
 Dimension key: O outputs, I inputs; P and J the same padded to multiples of 16; T steps of a walk.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from qtipcli.quant.transform import Transform
 from qtipcli_kernels.codes import tabulate
 from qtipcli_kernels.packing import pack
 from qtipcli_kernels.spec import TrellisSpec
+
+SAFE_STEP_EXPONENTS = (-9, 4)
+"""log2 of step sizes whose rows keep all their digits in fp16, with room for refitted rows 32 times off the mean either way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,9 @@ def round_group(
     else:
         rows, columns = torch.ones(len(stacked_weight)), torch.ones(len(signs_I))
     row_parts = rows.split([len(layer.weight_OI) for layer in layers.values()])
+    shift = _shift([layer.step_size for layer in layers.values()])
     return {
-        name: _store(layer, row_part, columns, signs_I, metric_II, damped)
+        name: _store(layer, row_part, columns, signs_I, shift, metric_II, damped)
         for (name, layer), row_part in zip(layers.items(), row_parts, strict=True)
     }
 
@@ -141,11 +146,12 @@ def _store(
     rows: torch.Tensor,
     columns: torch.Tensor,
     signs_I: torch.Tensor,
+    shift: float,
     metric_II: torch.Tensor,
     damped: DampedHessian,
 ) -> PackedMatrix:
-    scale_in = (columns * signs_I).to(torch.float16)
-    scale_out = (rows * layer.step_size * layer.signs_O).to(torch.float16)
+    scale_in = (columns * signs_I * shift).to(torch.float16)
+    scale_out = (rows * layer.step_size * layer.signs_O / shift).to(torch.float16)
     # What the stored fp16 scales make of the decoded matrix, signs and step size taken out again.
     stored_rows = scale_out.to(torch.float32) * layer.signs_O / (layer.step_size or 1.0)
     stored_columns = scale_in.to(torch.float32) * signs_I
@@ -160,3 +166,13 @@ def _store(
         damping=damped.damping,
         dead_inputs=damped.dead_inputs,
     )
+
+
+def _shift(step_sizes: list[float]) -> float:
+    """The power of two that moves from scale_out to scale_in: 1, unless fp16 would lose digits of very small or large steps."""
+    exponents = [math.log2(step_size) for step_size in step_sizes if step_size > 0]
+    if not exponents:
+        return 1.0
+    middle = sum(exponents) / len(exponents)
+    low, high = SAFE_STEP_EXPONENTS
+    return 1.0 if low <= middle <= high else 2.0 ** round(middle / 2)

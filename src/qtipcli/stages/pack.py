@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from qtipcli.job.files import sha256_file, write_text_atomic
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.job.interrupt import checkpoint, interruptible
 from qtipcli.job.shards import write_shard
-from qtipcli.model.linears import find_linears
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import quantize
@@ -34,6 +32,8 @@ RECORD_FILE = "qtip.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+
+NOT_COPIED = ("config.json", RECORD_FILE, "README.md")
 
 EMPTY_WEIGHT_DTYPE = torch.bfloat16
 
@@ -177,22 +177,15 @@ class _Packer:
         return self.skeleton.read(name)
 
     def _copy_other_files(self) -> None:
-        """Tokenizer, chat template, generation config, licence: all but weights, their index, and the config."""
+        """Tokenizer, chat template, generation config, licence: all but weights, index, config and the base's own card."""
         for file in sorted(self.source.directory.iterdir()):
             is_weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-            if (
-                file.is_file()
-                and not is_weight
-                and file.name not in ("config.json", RECORD_FILE)
-                and not file.name.startswith(".")
-            ):
+            if file.is_file() and not is_weight and file.name not in NOT_COPIED and not file.name.startswith("."):
                 shutil.copyfile(file, self.directory / file.name)
 
     def _write_config(self) -> None:
         linears = [name for name, module in self.skeleton.model.named_modules() if type(module) is torch.nn.Linear]
-        inside = {f"{prefix}.{name}" for prefix, block in self.skeleton.blocks for name in find_linears(block)}
         not_converted = {name: self.left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
-        assert set(self.left) <= inside
         layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
         provenance = {"base_model": self.source.name, "settings": self.job.settings}
         config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
@@ -201,14 +194,3 @@ class _Packer:
 
     def _parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.skeleton.model.parameters())
-
-
-def describe(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Averages over packed layers: payload bits and stored bits per weight, and the mean relative proxy loss."""
-    layouts = [quantize.layout_of(report) for report in layers.values()]
-    weights = sum(layout.weights for layout in layouts)
-    return {
-        "bits": sum(layout.spec.bits * layout.weights for layout in layouts) / weights,
-        "bits_per_weight": sum(layout.stored_bits for layout in layouts) / weights,
-        "relative_proxy_loss": sum(report["relative_proxy_loss"] for report in layers.values()) / len(layouts),
-    }

@@ -116,7 +116,7 @@ class _Quantizer:
             if not chosen:
                 continue
             started = time.monotonic()
-            packed = self._round(index, {name: linears[name].weight for name in chosen}, hessian_II)
+            packed = self._round({name: linears[name].weight for name in chosen}, hessian_II)
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 tensors |= {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
@@ -144,7 +144,7 @@ class _Quantizer:
             hessian_II, tokens = means[names[0]]
             yield group["names"], tokens, hessian_II
 
-    def _round(self, index: int, weights: Mapping[str, torch.Tensor], hessian_II: torch.Tensor) -> dict[str, PackedMatrix]:
+    def _round(self, weights: Mapping[str, torch.Tensor], hessian_II: torch.Tensor) -> dict[str, PackedMatrix]:
         for name, weight in weights.items():
             check_finite(f"{name}.weight", weight)
         settings = RoundingSettings(

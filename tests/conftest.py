@@ -1,0 +1,20 @@
+"""What every test runs under: no network, uninitialized memory that shows, quiet libraries."""
+
+import os
+
+# Read at import by these libraries, so before anything else is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_empty():
+    """torch.empty holds NaN (or the largest integer), so that a result that reads it cannot pass by luck."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
