@@ -12,7 +12,8 @@ closure, so that Numba can cache what it compiles.
 """
 
 import hashlib
-from pathlib import Path
+import inspect
+import sys
 
 import llvmlite.binding
 import numba
@@ -44,7 +45,7 @@ HAS_BYTE_DOT = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and llvm
 )
 """Whether code for this machine may use VNNI's dot product of four bytes; never where Numba's target is set by hand."""
 
-_REVISION = hashlib.sha256(Path(__file__).read_bytes() + Path(codes.__file__).read_bytes()).hexdigest()
+_REVISION = hashlib.sha256((inspect.getsource(sys.modules[__name__]) + inspect.getsource(codes)).encode()).hexdigest()
 """Part of every recipe: Numba's cache itself notices changes only in the file of the function that it compiles."""
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()

@@ -4,6 +4,7 @@ Oracles: `viterbi.reference`, an exhaustive dynamic programme in float64 written
 """
 
 import tracemalloc
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from qtipcli_kernels import threads
 from qtipcli_kernels.codes import default_lut, tabulate
-from qtipcli_kernels.packing import pack
+from qtipcli_kernels.packing import pack, unpack
 from qtipcli_kernels.spec import TrellisSpec
 from qtipcli_kernels.viterbi import cpu, reference
 
@@ -21,7 +22,7 @@ SPECS = [
     TrellisSpec("mcg", 5, 9),
     TrellisSpec("3inst", 8, 8),
     TrellisSpec("3inst", 8, 10),
-    TrellisSpec("3inst", 2, 16),
+    TrellisSpec("3inst", 2, 14),
     TrellisSpec("hyb", 2, 8),
     TrellisSpec("hyb", 3, 9),
     TrellisSpec("hyb2", 8, 8),
@@ -33,6 +34,15 @@ SMALL = TrellisSpec("3inst", 2, 10)
 
 TABLE_2_BITS = {"1mad": 0.0687, "3inst": 0.0685, "hyb": 0.0703}
 """method.md, section 3: mean squared error of a Gaussian source at 2 bits, L = 16, where the best scale is 1."""
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """The oracles are small products: on a busy machine torch's threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def spec_name(spec: TrellisSpec) -> str:
@@ -54,7 +64,7 @@ def gaussian_tiles(count: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
 def test_every_walk_costs_what_the_references_costs(spec: TrellisSpec, fast: bool) -> None:
     table = table_of(spec)
-    tiles = gaussian_tiles(1 if spec.state_bits == 16 else 3)
+    tiles = gaussian_tiles(1 if spec.state_bits == 14 else 3)
     expected = reference.distortion(tiles, reference.encode(tiles, spec, table, fast), table)
     states = cpu.encode(tiles, spec, table, fast)
     pack(states, spec)  # raises unless every walk is tail-biting
@@ -98,8 +108,6 @@ def test_without_shared_bits_each_step_takes_the_nearest_value() -> None:
 
 def test_a_walk_that_exists_is_found() -> None:
     words = torch.randint(-(2**31), 2**31 - 1, (4, SMALL.words_per_tile), generator=torch.Generator().manual_seed(0))
-    from qtipcli_kernels.packing import unpack
-
     states = unpack(words.to(torch.int32), SMALL)
     table = tabulate(SMALL)
     tiles = table[states.long()].reshape(4, 256)
@@ -130,13 +138,8 @@ def test_the_number_of_threads_changes_nothing(count: int, monkeypatch: pytest.M
 
 
 def test_asking_for_the_threads_does_not_start_numbas_own() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        threads.thread_count()
-        assert torch.get_num_threads() == 1  # Numba's OpenMP layer would set it to the number of cores
-    finally:
-        torch.set_num_threads(before)
+    threads.thread_count()
+    assert torch.get_num_threads() == 1  # Numba's OpenMP layer would set it to the number of cores
 
 
 def peak_beyond_result(tiles: torch.Tensor) -> int:
@@ -164,7 +167,10 @@ def test_distortion_at_two_bits_is_the_papers(code: str) -> None:
     code_rms = table.double().square().mean().sqrt().float()
     tiles = gaussian_tiles(64, seed=3)
     states = cpu.encode(tiles * code_rms, spec, table)
-    errors = reference.distortion(tiles * code_rms, states, table) / (256 * code_rms**2)
-    # Over 64 tiles the standard error is about 0.5 %; the table's own is as large: 3 % is more than four of both together.
-    assert float(errors.std() / 8 / errors.mean()) < 0.01
-    assert float(errors.mean()) == pytest.approx(TABLE_2_BITS[code], rel=0.03)
+    errors = reference.distortion(tiles * code_rms, states, table).numpy() / code_rms.double().item() ** 2
+    # Relative to the energy that was drawn, which takes out most of the variance: over 64 tiles the standard error is then
+    # about 0.6 %, and the table's own is as large. 3 % is more than three of both together.
+    energies = tiles.double().square().sum(-1).numpy()
+    ratio = errors.sum() / energies.sum()
+    assert np.std(errors - ratio * energies) / 8 / errors.mean() < 0.008
+    assert ratio == pytest.approx(TABLE_2_BITS[code], rel=0.03)

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    _quiet_libraries()
+    _prepare_environment()
     from qtipcli.cli.app import app
 
     try:
@@ -57,7 +57,11 @@ def _complain(error: QtipError) -> int:
     return error.exit_code
 
 
-def _quiet_libraries() -> None:
+def _prepare_environment() -> None:
+    """Set what torch and transformers read when they are imported, unless the user has set it."""
+    # After each of its parallel regions torch's OpenMP spins for milliseconds, on cores that our own threads then lack; and
+    # where other processes hold a core, it spins out its time slice. Sleeping costs torch a few percent on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Their bars and advice would stand between the lines of our own; errors still come through.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -16,9 +16,10 @@ from qtipcli.errors import QtipError, SettingsError
 from qtipcli.quant.scale import rms, source_scale
 from qtipcli.stages.doctor import cpu_name
 from qtipcli.stages.progress import Silent, Watcher
-from qtipcli_kernels import dispatch
+from qtipcli_kernels import dispatch, packing
 from qtipcli_kernels.codes import tabulate
-from qtipcli_kernels.spec import CODE_WEIGHTS_PER_STEP, TILE_WEIGHTS, SpecError, TrellisSpec, offered_bits
+from qtipcli_kernels.spec import CODE_WEIGHTS_PER_STEP, MIN_STATE_BITS, TILE_WEIGHTS, SpecError, TrellisSpec, offered_bits
+from qtipcli_kernels.threads import thread_count
 from qtipcli_kernels.viterbi import reference
 
 SEED = 1
@@ -142,17 +143,12 @@ def _timed(call: Any) -> tuple[Any, float]:
 
 
 def _peak_extra_megabytes(spec: TrellisSpec) -> float:
-    """Peak memory of encoding a 4096 x 4096 matrix by block columns, beyond the matrix, in a process of its own.
-
-    What is measured is the rounding's own pattern: a column of 256 tiles at a time, packed states kept. Speed does not matter
-    to memory, so only the first columns are encoded; the packed result of all is allocated.
-    """
+    """Peak memory of encoding a whole 4096 x 4096 matrix, beyond the matrix, measured in a process of its own."""
     script = f"""
-import resource, torch
-from qtipcli.stages.bench import encode_columns
+from qtipcli.stages.bench import encoding_peak
 from qtipcli_kernels.spec import TrellisSpec
 spec = TrellisSpec({spec.code!r}, {spec.bits_per_step}, {spec.state_bits}, {spec.weights_per_step})
-print(encode_columns(spec, {MEMORY_MATRIX}))
+print(encoding_peak(spec, {MEMORY_MATRIX}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -160,17 +156,23 @@ print(encode_columns(spec, {MEMORY_MATRIX}))
     return float(done.stdout)
 
 
-def encode_columns(spec: TrellisSpec, size: int, columns: int = 2) -> float:
-    """Encode `columns` block columns of a size x size matrix; returns the megabytes by which the process's peak grew."""
-    table_SV = tabulate(spec)
-    dispatch.encode(torch.zeros(1, TILE_WEIGHTS), spec, table_SV)
-    weight = torch.randn(size, size)
+def encoding_peak(spec: TrellisSpec, size: int) -> float:
+    """Encode every tile of a size x size matrix; returns the megabytes (1e6 bytes) by which the process's peak grew.
+
+    All tiles are encoded with the smallest trellis of the same rate, which takes seconds instead of minutes and whose tiles and
+    states are as large; then some with `spec`, whose scratch memory is larger and comes on top.
+    """
+    small = TrellisSpec(spec.code, spec.bits_per_step, MIN_STATE_BITS, spec.weights_per_step)
+    for each in (spec, small):
+        dispatch.encode(torch.zeros(1, TILE_WEIGHTS), each)  # compiles, which takes memory of its own
+    weight_OI = torch.randn(size, size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kept = torch.zeros(size // 16, size // 16, spec.steps, dtype=torch.int32)
-    for column in range(columns):
-        tiles = weight[:, 16 * column : 16 * (column + 1)].reshape(-1, TILE_WEIGHTS)
-        kept[:, column] = dispatch.encode(tiles, spec, table_SV)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    tiles = packing.tiles_from_matrix(weight_OI)
+    states = dispatch.encode(tiles, small)
+    dispatch.encode(tiles[: 8 * thread_count()], spec)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    del states
+    return (after - before) * 1024 / 1e6
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ BITS = (2.0, 3.0, 4.0)
 CONTEXT, SAMPLES, WINDOWS = 256, 192, 64
 """Tokens a window, calibration windows, evaluation windows."""
 
-PROMPT = "def read_lines(path):\n"
+PROMPT = "def read_lines(path):"
 
 
 def run(directory: Path, state_bits: int, watcher: Watcher) -> dict[str, Any]:

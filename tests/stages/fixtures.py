@@ -1,0 +1,81 @@
+"""Fixtures that the tests of stages/ and cli/ share: both conftests import them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from qtipcli.cli.main import _run
+from stages.tiny import FAST_OPTIONS, save_model, save_text
+
+
+class Outcome(NamedTuple):
+    """What a command left: its exit status and both streams."""
+
+    status: int
+    out: str
+    err: str
+
+
+Qtip = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One torch thread, no hub, and the variables that the command line sets put back afterwards."""
+    for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}.get(name, "1"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def qtip(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qtip:
+    """Runs one qtip command in this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        status = _run([str(argument) for argument in arguments])
+        return Outcome(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def quantize(qtip: Qtip, tiny_model: Path, text: Path) -> Qtip:
+    """`qtip quantize MODEL` with little text and a small trellis; keyword `model` for another model."""
+
+    def run(*arguments: object, model: Path | str = tiny_model, data: Path | None = text) -> Outcome:
+        said = ["--data", data] if data is not None else []
+        return qtip("quantize", model, *FAST_OPTIONS, *said, *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama; read only."""
+    return save_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text; read only."""
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def packed(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the tiny model was quantized to `out`, with `out.job` and `hessians` beside it; read only."""
+    where = tmp_path_factory.mktemp("packed")
+    command = ["quantize", tiny_model, *FAST_OPTIONS, "--data", text, "--out", where / "out", "--hessians", where / "hessians"]
+    assert _run([str(part) for part in command]) == 0
+    return where
