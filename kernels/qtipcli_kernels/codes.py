@@ -120,17 +120,18 @@ def default_lut(spec: TrellisSpec) -> torch.Tensor | None:
     if spec.code == "lut":
         draws = np.random.Generator(np.random.PCG64(LUT_SEED)).standard_normal(shape)
         return torch.from_numpy(draws).to(torch.float16)
-    return _hybrid_lut(spec.code).clone()
+    return _hybrid_lut().clone()
 
 
-@lru_cache(maxsize=2)
-def _hybrid_lut(code: str) -> torch.Tensor:
-    """k-means of a seeded Gaussian sample folded by the signs that the code flips (QTIP, section 4.2)."""
+@lru_cache(maxsize=1)
+def _hybrid_lut() -> torch.Tensor:
+    """k-means of a seeded Gaussian sample, folded by the sign of its first entry, which the code flips (QTIP, section 4.2).
+
+    HYB2 has the same table: bit 31 of h is set for 29 % of the states, so the signs that it adds are no second folding.
+    """
     generator = np.random.Generator(np.random.PCG64(LUT_SEED))
     sample = generator.standard_normal((HYB_KMEANS_SAMPLES, 2))
     sample[:, 0] = np.abs(sample[:, 0])
-    if code == "hyb2":
-        sample[:, 1] = np.abs(sample[:, 1])
     points = torch.from_numpy(sample)
     # Starting from a random subset, Lloyd's iterations settle well before the last round.
     centres = points[: 1 << HYB_INDEX_BITS].clone()

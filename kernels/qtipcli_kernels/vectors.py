@@ -120,7 +120,8 @@ def store(builder, value, base, index):
 
 def pointers(context, builder, signature, arguments, count):
     """The data pointers of the first `count` arguments, which are arrays."""
-    return [context.make_array(kind)(context, builder, value).data for kind, value in zip(signature.args[:count], arguments)]
+    arrays = zip(signature.args[:count], arguments[:count], strict=True)
+    return [context.make_array(kind)(context, builder, value).data for kind, value in arrays]
 
 
 # --- codes: vectors of states to vectors of weights, the twins of `codes.values` ---

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qtipcli.errors import SettingsError
+from qtipcli.errors import QtipError, SettingsError
 from qtipcli_kernels.spec import SpecError, TrellisSpec
 
 PRESET_DIRECTORIES = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
@@ -74,7 +74,10 @@ class QuantizeSettings(_Strict):
     def _known_transform(cls, text: str) -> str:
         from qtipcli.quant.transform import Transform
 
-        return str(Transform.parse(text))
+        try:
+            return str(Transform.parse(text))
+        except QtipError as error:
+            raise SettingsError(error.message, error.hint) from error
 
     def model_post_init(self, context: Any) -> None:
         self.spec()
@@ -83,8 +86,8 @@ class QuantizeSettings(_Strict):
 
     def spec(self, override: LayerSettings | None = None) -> TrellisSpec:
         """The trellis of a layer. Raises SettingsError naming the nearest rates where the code has none such."""
-        code = (override and override.code) or self.code
-        bits = (override and override.bits) or self.bits
+        code = override.code if override is not None and override.code is not None else self.code
+        bits = override.bits if override is not None and override.bits is not None else self.bits
         try:
             return TrellisSpec.at_bits(code, bits, self.state_bits)
         except SpecError as error:
@@ -108,12 +111,21 @@ def settings_from(kind: type[Settings], values: dict[str, Any]) -> Settings:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, kind.model_fields, 1)
+            known = _fields_beside(kind, first["loc"])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
             raise SettingsError(
-                f"there is no setting {field!r}",
-                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kind.model_fields)}",
+                f"there is no setting {field!r}", f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
             ) from error
         raise SettingsError(f"setting {field} is {first['input']!r}: {first['msg']}", "see qtip quantize --help") from error
+
+
+def _fields_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The fields of the settings in which an unknown one was found at `location`."""
+    for part in location[:-1]:
+        inner = kind.model_fields[str(part)].annotation if str(part) in kind.model_fields else None
+        # The one table of settings by pattern is that of layers.
+        kind = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else LayerSettings
+    return list(kind.model_fields)
 
 
 def preset_names() -> list[str]:

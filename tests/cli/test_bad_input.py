@@ -1,4 +1,4 @@
-"""What a user can do wrong: each ends in one line that names the thing and the fact, a hint, a status, and nothing half-written.
+"""What a user can do wrong: each ends in one line with the thing and the fact, a hint, a status, and nothing half-written.
 
 The list is that of the issue "The whole pipeline on a CPU", section "Bad input".
 """
@@ -227,9 +227,11 @@ def test_an_output_that_is_a_file(quantize: Qtip, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", [".", "..", "/"])
-def test_an_output_without_a_name_of_its_own(where: str, quantize: Qtip, tmp_path: Path) -> None:
+def test_an_output_that_would_replace_where_we_are(where: str, quantize: Qtip, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    complaint(quantize("--out", where), "is not empty")
+    for force in ([], ["--force"]):
+        complaint(quantize("--out", where, *force), "cannot be replaced")
+    assert left_behind(tmp_path) == {"mine.txt"}
 
 
 @pytest.mark.parametrize("how", ["bit", "cut", "gone"])

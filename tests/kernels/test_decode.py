@@ -20,6 +20,14 @@ def test_reference_puts_every_weight_in_its_place():
         assert weight[16 + place // 16, 16 + place % 16] == code[states[position], 0]
 
 
+@pytest.mark.parametrize("module", [cpu, reference])
+def test_worked_example_of_the_readme(module):
+    """Oracle: kernels/README.md, worked out by hand there to four digits."""
+    words = torch.tensor([[0x01234567, 0x89ABCDEF] * 16], dtype=torch.int64).to(torch.uint32).view(torch.int32)
+    weight = module.decode(words, TrellisSpec("1mad", 4))
+    assert [round(float(weight[place]), 4) for place in ((0, 0), (0, 1), (8, 0))] == [-0.2097, 1.5156, -0.2165]
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_kernel_equals_the_reference(spec):
     trellis, lut = packed(spec, *RAGGED), table(spec)

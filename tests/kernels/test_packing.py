@@ -52,7 +52,7 @@ def test_two_bits_by_hand():
 
 
 def test_the_walk_follows_the_fragment_of_the_matrix_instruction():
-    """Oracle: PTX ISA, mma.m16n8k16, operand A: lane 4 (row % 8) + (column % 8) // 2, element (column half, row half, parity)."""
+    """Oracle: PTX ISA, mma.m16n8k16, operand A: lane 4 (row % 8) + (column % 8) // 2; column half, row half, parity."""
     for row in range(16):
         for column in range(16):
             lane = 4 * (row % 8) + (column % 8) // 2
@@ -86,7 +86,7 @@ def test_what_is_no_walk_is_refused_where_it_breaks():
     spec = TrellisSpec("1mad", 2)
     states = packing.unpack(torch.zeros(2, spec.words_per_tile, dtype=torch.int32), spec)
     states[1, 100] = 1 << 3
-    with pytest.raises(SpecError, match="tile 1 .* step 99"):
+    with pytest.raises(SpecError, match=r"tile 1 .* step 99"):
         packing.pack(states, spec)
 
 

@@ -86,7 +86,7 @@ def test_a_healthy_hessian_gets_the_damping_asked_for() -> None:
     hessian = correlated_hessian(32).double()
     damped = damp(hessian, 1e-2)
     assert (damped.damping, damped.asked, damped.dead_inputs) == (1e-2, 1e-2, 0)
-    expected = hessian + 1e-2 * hessian.diagonal().mean() * torch.eye(32)
+    expected = hessian + 1e-2 * hessian.diagonal().mean() * torch.eye(32, dtype=torch.float64)
     torch.testing.assert_close(damped.hessian_II, (expected + expected.T) / 2, rtol=1e-12, atol=0)
     assert torch.equal(damped.hessian_II, damped.hessian_II.T)
     torch.testing.assert_close(damped.cholesky_II @ damped.cholesky_II.T, damped.hessian_II, rtol=1e-10, atol=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_the_refit_never_raises_the_loss(seed: int) -> None:
     for rounds in (0, 1, 2, 3):
         rows, columns = refit_scales(weight, rounded, hessian, rounds)
         losses.append(proxy_loss(weight, rows[:, None] * rounded * columns, hessian))
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(losses))
     assert losses[-1] < 0.97 * losses[0]
 
 

@@ -14,7 +14,7 @@ PIECE_VALUES = 1 << 16
 """Values that one thread transforms at a time, 0.1 ms: below this, handing work over costs more than it saves."""
 
 MANY_BLOCKS = 64
-"""From here on the dense factor is torch's: its threads then win more than starting them costs, which for a token they do not."""
+"""From here on the dense factor is torch's: its threads then win more than starting them costs; for a token they do not."""
 
 
 def hadamard(x: torch.Tensor, block: int, transpose: bool = False) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,13 +46,10 @@ def _layer(text: str) -> tuple[str, dict[str, Any]]:
     pattern, _, value = text.partition("=")
     bits, _, code = value.partition(":")
     try:
+        if not value:
+            raise ValueError(text)
         return pattern, given(bits=float(bits) if bits else None, code=code or None)
     except ValueError as error:
         raise SettingsError(
             f"--layer {text!r} is not PATTERN=BITS or PATTERN=BITS:CODE", "as in --layer '*.v_proj=4'"
         ) from error
-
-
-def directory_of(path: Path | None, default: Path) -> Path:
-    """The directory asked for, without a trailing slash."""
-    return Path(path or default)

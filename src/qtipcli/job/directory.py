@@ -153,7 +153,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def open_shard(self, key: str) -> Iterator[Any]:
-        """The finished shard `key` as a lazy reader (see `shards.open_shard`): size and header are checked, content is not."""
+        """The finished shard `key` as a lazy reader (see `shards.open_shard`).
+
+        Size and header are checked here, content by `verify`.
+        """
         self._check(key, in_full=False)
         with _redo_hint(), open_shard(self.shard(key)) as reader:
             yield reader
@@ -192,6 +195,10 @@ class RunDirectory:
         self._ledger.remove(keys)  # first: a line without its shard would be damage, a shard without its line is not
         for path in paths:
             _delete(path)
+
+    def verify(self, key: str) -> None:
+        """Raise CorruptError, naming the shard, unless the finished shard `key` is what was written, to the last bit."""
+        self._check(key, in_full=True)
 
     def damaged(self, in_full: bool = True) -> dict[str, CorruptError]:
         """Key -> what is wrong, for every finished shard that is missing or changed.

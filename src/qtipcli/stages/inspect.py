@@ -15,6 +15,8 @@ from qtipcli.job.files import sha256_file
 from qtipcli.job.shards import open_shard
 from qtipcli.stages.pack import INDEX_FILE, read_record
 
+REMEDY = "quantize or pack it again with --force, or download it again"
+
 
 def run(directory: Path) -> dict[str, Any]:
     """What a packed directory holds, after all of it was checked.
@@ -28,10 +30,11 @@ def run(directory: Path) -> dict[str, Any]:
     record = read_record(directory) or {}
     for name, expected in record.get("sha256", {}).items():
         if not (directory / name).is_file():
-            raise CorruptError(f"{directory / name} is missing", "pack or download the model again")
+            raise CorruptError(f"{directory / name} is missing", REMEDY)
         if sha256_file(directory / name) != expected:
             raise CorruptError(
-                f"{directory / name} is damaged: its sha256 is not the one recorded", "pack or download it again"
+                f"{directory / name} is damaged: its sha256 is not the one recorded",
+                REMEDY,
             )
     index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
     files = sorted({directory / name for name in index["weight_map"].values()})

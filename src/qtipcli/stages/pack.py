@@ -48,24 +48,31 @@ def run(
 ) -> Path:
     """Write `out` from the finished job in `job_directory`; returns it.
 
-    Nothing is done where `out` was already packed from this very job. Raises SettingsError where it holds something else and
-    `force` is not given, QtipError where the job is unfinished or of another model.
+    Nothing is done where `out` was already packed from this very job, unless `force` is given. Raises SettingsError where it
+    holds something else and `force` is not given, CorruptError where a shard of the job is damaged, QtipError where the job is
+    unfinished or of another model.
     """
     watcher = watcher or Silent()
+    refuse_surroundings(out)
     job = RunDirectory.load(job_directory, quantize.STAGE)
     if job.fingerprint["model"] != fingerprint_model(source.directory):
         raise QtipError(f"{job_directory} is a job of another model than {source.name}", "give the model it was started with")
-    if packed_from(out, job):
+    if packed_from(out, job) and not force:
         watcher.note(f"{out} is complete already: nothing was done")
         return out
     refuse_occupied(out, force)
-    partial = out.with_name(f"{out.name}.partial")
+    partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
     try:
         with interruptible():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _Packer(source, job, partial, watcher).run(max_shard_size)
-            _put_in_place(partial, out)
+            if out.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                out.rename(replaced)
+            partial.rename(out)
+            # Also what a run left that was killed right here.
+            shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise storage_error(error, out) from error
     finally:
@@ -79,6 +86,13 @@ def refuse_occupied(out: Path, force: bool) -> None:
         raise SettingsError(f"{out} is a file", "choose another directory")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise SettingsError(f"{out} is not empty", "choose another directory, or --force to replace what is in it")
+
+
+def refuse_surroundings(out: Path) -> None:
+    """Raise SettingsError where `out` is a directory that cannot be replaced: this one, one around it, or a home."""
+    here = Path.cwd()
+    if out.resolve() in (here, *here.parents, Path.home()):
+        raise SettingsError(f"{out} cannot be replaced as a whole", "choose a new directory, such as --out my-model-2bit")
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -105,17 +119,6 @@ def _job_record(job: RunDirectory) -> dict[str, Any]:
     return {"settings": job.settings, "fingerprint": job.fingerprint}
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-        return
-    replaced = out.with_name(f"{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced)
-
-
 class _Packer:
     """One run of the stage, into an empty directory."""
 
@@ -128,6 +131,7 @@ class _Packer:
         for index, (prefix, _) in enumerate(self.skeleton.blocks):
             if not job.done(block_key(index)):
                 raise QtipError(f"{job.path} is not finished: block {prefix} is missing", "give the quantize command again")
+            job.verify(block_key(index))
             report = job.report(block_key(index))
             self.layers |= report["layers"]
             self.left |= report["left"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtipcli.config import CalibrationSettings, QuantizeSettings, settings_from
-from qtipcli.errors import MismatchError
+from qtipcli.errors import CorruptError, MismatchError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.model.skeleton import Skeleton
@@ -46,6 +46,7 @@ def quantize_model(
     calibration: the fields of CalibrationSettings that the user asked for; the others are as the Hessians have them.
     Returns the packed directory, or the run directory with pack_after False.
     """
+    pack.refuse_surroundings(out)
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
@@ -59,19 +60,30 @@ def _is_packed(job: Path, out: Path) -> bool:
 
 
 def _calibrate(source: ModelSource, asked: Mapping[str, Any], directory: Path, force: bool, watcher: Watcher) -> None:
-    if (directory / "job.json").is_file() and not force:
-        found = RunDirectory.load(directory, calibrate.STAGE)
-        settings = settings_from(CalibrationSettings, {**found.settings, **asked})
+    found = _found_hessians(directory, force)
+    settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
+    if found is not None:
         is_same = settings.model_dump() == found.settings and found.fingerprint["model"] == fingerprint_model(source.directory)
-        if is_same and calibrate.is_complete(found, Skeleton(source)):
+        is_whole = not force or not found.damaged()
+        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source)):
             # Finished Hessians do not need their text any more: it may have been moved.
             watcher.note(f"the Hessians in {directory} are used")
             return
-    else:
-        settings = settings_from(CalibrationSettings, dict(asked))
     try:
         calibrate.run(source, settings, directory, force, watcher)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"
         ) from error
+
+
+def _found_hessians(directory: Path, force: bool) -> RunDirectory | None:
+    """The calibrate job in `directory`, if there is one; with `force` one that cannot be read counts as none."""
+    if not (directory / "job.json").is_file():
+        return None
+    try:
+        return RunDirectory.load(directory, calibrate.STAGE)
+    except (CorruptError, MismatchError):
+        if not force:
+            raise
+        return None

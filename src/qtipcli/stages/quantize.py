@@ -128,6 +128,7 @@ class _Quantizer:
         """(full names of a group, tokens, Hessian float32 [I, I]) for each group of block `index`."""
         groups = self.calibration.report(block_key(index))["groups"]
         if not self.settings.quantized_prefix:
+            self.calibration.verify(block_key(index))
             with self.calibration.open_shard(block_key(index)) as shard:
                 for group in groups:
                     yield group["names"], group["tokens"], shard.get_tensor(group["names"][0])

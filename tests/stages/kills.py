@@ -1,0 +1,145 @@
+"""Kills a quantize job with SIGKILL at random moments, gives the same command again, and compares every file of the result.
+
+    PYTHONPATH=src:kernels:tests python -m stages.kills --kills 100
+
+Each time a job of the tiny model is started anew, killed after a delay drawn uniformly from the duration of a whole run, and
+given again until it finishes. With --warm the commands run in forks of a process that has imported everything: an import is
+nine tenths of such a run, and nothing can be damaged in it. Prints one JSON object: how many were killed, where they had got
+to, and how many results differ from that of the run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.tiny import FAST_OPTIONS, environment, save_model, save_text, snapshot
+
+Start = Callable[[list[str], Path], int]
+"""(arguments of qtip, directory to work in) -> pid of the process that does it."""
+
+
+def start_process(arguments: list[str], where: Path) -> int:
+    """As a user does it."""
+    command = [sys.executable, "-m", "qtipcli", *arguments]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=where, env=environment(), stdout=quiet, stderr=quiet).pid
+
+
+def start_fork(arguments: list[str], where: Path) -> int:
+    """In a child of this process, which must have one thread."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.chdir(where)
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        from qtipcli.cli.main import _run
+
+        status = _run(arguments)
+    finally:
+        os._exit(status)
+
+
+def exit_status(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def stage_reached(where: Path) -> str:
+    """What a killed job had left on disk."""
+    if (where / "out").exists():
+        return "packed"
+    if (where / "out.partial").exists():
+        return "packing"
+    if (where / "out.job").exists():
+        return "quantizing"
+    return "calibrating" if (where / "hessians").exists() else "starting"
+
+
+def run(kills: int, start: Start, folder: Path, seed: int = 0) -> dict[str, object]:
+    """Kill `kills` jobs; see the head of this file."""
+    model, text = save_model("llama", folder / "model", max_shard_size="300KB"), save_text(folder / "text.txt")
+    options = ["--data", str(text), "--out", "out", "--hessians", "hessians"]
+    arguments = ["quantize", str(model), *FAST_OPTIONS, *options]
+    # The first run also compiles: the duration is that of a second one.
+    for name in ("first", "oracle"):
+        (folder / name).mkdir()
+        started = time.perf_counter()
+        if exit_status(start(arguments, folder / name)):
+            raise SystemExit("the command failed before anything was killed")
+        seconds = time.perf_counter() - started
+    oracle = snapshot(folder / "oracle" / "out")
+    dice = random.Random(seed)
+    reached: Counter[str] = Counter()
+    differing = 0
+    where = folder / "victim"
+    while sum(reached.values()) < kills:
+        where.mkdir()
+        pid = start(arguments, where)
+        time.sleep(dice.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        status = exit_status(pid)
+        if status == -signal.SIGKILL:
+            reached[stage_reached(where)] += 1
+            status = exit_status(start(arguments, where))
+        same = status == 0 and snapshot(where / "out") == oracle
+        leftovers = {file.name for file in where.iterdir()} - {"out", "out.job", "hessians"}
+        if not same or leftovers:
+            differing += 1
+            shutil.copytree(where, folder / f"differs-{differing}", dirs_exist_ok=True)
+        shutil.rmtree(where)
+    return {"kills": kills, "differing": differing, "reached": dict(reached), "seconds": seconds}
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.warm:
+            warm_up(Path(folder) / "warm")
+        print(json.dumps(run(asked.kills, start_fork if asked.warm else start_process, Path(folder), asked.seed)))
+
+
+def warm_up(folder: Path) -> None:
+    """Import what a run imports. Torch must have one thread (environment()), or a fork would wait for threads it lacks."""
+    import numba
+    import torch
+
+    from qtipcli.cli.main import _run
+
+    torch.set_num_threads(1)
+    # One kernel thread while this process works, so that forks find no lock held by a thread that they do not have.
+    numba.config.NUMBA_NUM_THREADS, threads = 1, numba.config.NUMBA_NUM_THREADS
+    model, text = save_model("llama", folder / "model"), save_text(folder / "text.txt")
+    where = ["--data", str(text), "--out", str(folder / "out"), "--hessians", str(folder / "hessians")]
+    with open(os.devnull, "w") as silence:  # noqa: PTH123
+        sys.stdout, sys.stderr, kept = silence, silence, (sys.stdout, sys.stderr)
+        try:
+            _run(["quantize", str(model), *FAST_OPTIONS, *where])
+        finally:
+            sys.stdout, sys.stderr = kept
+    numba.config.NUMBA_NUM_THREADS = threads
+    from qtipcli_kernels.threads import _pool
+
+    _pool.cache_clear()
+
+
+if __name__ == "__main__":
+    _main()
