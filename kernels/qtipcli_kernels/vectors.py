@@ -40,6 +40,12 @@ ROW_PAIR_WALK = tuple((int(p) // TILE // ROW_PAIRS, int(p) % TILE) for p in WALK
 SEGMENT_BITS = 16
 """Windows are cut from 32-bit segments that start at every 16th ring bit, so a window of L <= 16 bits lies within one."""
 
+ENTRY = 4
+"""Floats that a multiply-add reads at a row of a table, of which V are the row: the narrowest vector there is."""
+
+HYB2_FLIP_FROM = 46_341
+"""The smallest s with bit 31 set in s^2 + s; it stays set up to s = 2^16 - 1."""
+
 HAS_BYTE_DOT = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and llvmlite.binding.get_host_cpu_features().get(
     "avx512vnni", False
 )
@@ -66,6 +72,11 @@ def recipe_spec(literal: types.StringLiteral) -> tuple[TrellisSpec, bool]:
     return TrellisSpec(code, bits_per_step, state_bits, weights_per_step), bool(byte_dot)
 
 
+def places(step: int, spec: TrellisSpec) -> tuple[tuple[int, int], ...]:
+    """(row half, column) of the V weights of a row pair's step."""
+    return ROW_PAIR_WALK[step * spec.weights_per_step : (step + 1) * spec.weights_per_step]
+
+
 def weight_scale(spec: TrellisSpec) -> float:
     """What `row_pair_weights` leaves out: the factor that makes the weights of a byte sum of unit variance."""
     return codes.BYTE_SUM_INVERSE_DEVIATION if spec.code in ("1mad", "mul1") else 1.0
@@ -74,20 +85,25 @@ def weight_scale(spec: TrellisSpec) -> float:
 def lookup_table(spec: TrellisSpec, lut: torch.Tensor | None) -> np.ndarray:
     """What the vector code looks weights up in, float32 and flat: HYB's table with every sign, `lut`'s as it is.
 
-    HYB: rows (flip of entry 1, flip of entry 0, index), the first only for hyb2. Computed codes: one unused zero.
+    HYB: rows (flip of entry 1, flip of entry 0, index), the first only for hyb2. Computed codes: nothing but the padding,
+    which lets ENTRY floats be read at the last row.
     """
-    if codes.lut_shape(spec) is None:
-        return np.zeros(1, np.float32)
-    table = codes.checked_lut(spec, lut).detach().to(torch.float32).numpy()
+    table = np.zeros((0, 1), np.float32)
+    if codes.lut_shape(spec) is not None:
+        table = codes.checked_lut(spec, lut).detach().to(torch.float32).numpy()
     if spec.code in ("hyb", "hyb2"):
         table = np.concatenate((table, table * np.array((-1, 1), np.float32)))
     if spec.code == "hyb2":
         table = np.concatenate((table, table * np.array((1, -1), np.float32)))
-    return np.ascontiguousarray(table).reshape(-1)
+    return np.concatenate((table.reshape(-1), np.zeros(ENTRY - 1, np.float32)))
 
 
 def _ints(value: int) -> ir.Constant:
     return ir.Constant(_INTS, [value & codes.MASK_32] * LANES)
+
+
+def _halves(value: int) -> ir.Constant:
+    return ir.Constant(_HALVES, [value] * 2 * LANES)
 
 
 def _floats(value: float) -> ir.Constant:
@@ -140,8 +156,8 @@ def _byte_sums(builder, state, code, byte_dot):
         return builder.sitofp(builder.call(function, [_ints(-mean), x, _ints(0x0101_0101)]), FLOATS)
     # In 16-bit lanes: a - (255 - b) = a + b - 255, where 255 - b is one and-not. Two of them make the mean, 510.
     pairs = builder.bitcast(x, _HALVES)
-    low = builder.and_(builder.not_(pairs), ir.Constant(_HALVES, [0xFF] * 2 * LANES))
-    high = builder.lshr(pairs, ir.Constant(_HALVES, [8] * 2 * LANES))
+    low = builder.and_(builder.not_(pairs), _halves(0xFF))
+    high = builder.lshr(pairs, _halves(8))
     pairs = builder.bitcast(builder.sub(high, low), _INTS)
     total = builder.ashr(builder.add(pairs, builder.shl(pairs, _ints(16))), _ints(16))
     return builder.sitofp(total, FLOATS)
@@ -167,40 +183,84 @@ def _half_pair_sums(builder, state, code):
     return builder.fsub(builder.fmul(total, _floats(2.0**13), flags=("contract",)), rest, flags=("contract",))
 
 
-def _table_row(builder, state, code):
-    """The row of `lookup_table` that a state reads."""
+def _table_rows(builder, states, code):
+    """The rows of `lookup_table` that states read, all in 16-bit lanes: h below is s^2 + s modulo 2^16."""
     if code == "lut":
-        return state
-    h = builder.mul(state, builder.add(state, _ints(1)))
-    # Bit 15 of h, the sign of entry 0, lies just above the index bits: the table has both signs.
-    row = builder.and_(builder.lshr(h, _ints(15 - HYB_INDEX_BITS)), _ints((2 << HYB_INDEX_BITS) - 1))
+        return states
+    h = builder.mul(states, builder.add(states, _halves(1)))
+    # Bit 15 of h, the sign of entry 0, lies just above the index bits, so the table has both signs.
+    rows = builder.lshr(h, _halves(15 - HYB_INDEX_BITS))
     if code == "hyb2":
-        row = builder.or_(row, builder.shl(builder.lshr(h, _ints(31)), _ints(HYB_INDEX_BITS + 1)))
-    return row
+        flips = builder.icmp_unsigned(">=", states, _halves(HYB2_FLIP_FROM))
+        rows = builder.or_(rows, builder.select(flips, _halves(2 << HYB_INDEX_BITS), _halves(0)))
+    return rows
 
 
 def _states(builder, segments, pair, spec):
     """Yields the states of a row pair in walk order, each a vector over the tiles."""
-    bits = len(ROW_PAIR_WALK) // spec.weights_per_step * spec.bits_per_step
-    first = builder.mul(pair, at(bits // SEGMENT_BITS * LANES))
-    for start in range(0, bits, spec.bits_per_step):
-        number, offset = divmod(start, SEGMENT_BITS)
+    for step in range(spec.steps // ROW_PAIRS):
+        number, offset = divmod(step * spec.bits_per_step, SEGMENT_BITS)
         if offset < spec.bits_per_step:
-            segment = load(builder, segments, builder.add(first, at(number * LANES)), _INTS)
+            segment = _segment(builder, segments, pair, number, spec)
         yield builder.and_(builder.lshr(segment, _ints(32 - offset - spec.state_bits)), _ints(spec.states - 1))
 
 
-def _looked_up(builder, table, rows, first, weights_per_step):
-    """The V weights of one step from a table: a scalar load a lane, which is faster here than gather instructions."""
-    kind = ir.DoubleType() if weights_per_step == 2 else _F32
-    entries = builder.bitcast(table, kind.as_pointer())
+def _segment(builder, segments, pair, number, spec):
+    """Segment `number` of a row pair, counted from where the pair's bits begin."""
+    in_pair = spec.steps // ROW_PAIRS * spec.bits_per_step // SEGMENT_BITS
+    return load(builder, segments, builder.add(builder.mul(pair, at(in_pair * LANES)), at(number * LANES)), _INTS)
+
+
+def step_pairs(spec: TrellisSpec) -> list[tuple[int, int]]:
+    """The steps of a row pair two by two, as `find_table_rows` does them: SEGMENT_BITS apart wherever kV allows it.
+
+    Else one place apart in the order (column half, row half) of the tile, so that both lie in the same row half.
+    """
+    apart = spec.bits_per_step
+    distance = SEGMENT_BITS // apart if SEGMENT_BITS % apart == 0 else 4 // spec.weights_per_step
+    return [(step, step + distance) for step in range(spec.steps // ROW_PAIRS) if step // distance % 2 == 0]
+
+
+def _paired_states(builder, segments, pair, spec):
+    """Yields vectors of 16-bit lanes, for each of `step_pairs`: the first step's state in the high half of a tile's lane."""
+    if SEGMENT_BITS % spec.bits_per_step:
+        states = list(_states(builder, segments, pair, spec))
+        for first, second in step_pairs(spec):
+            yield builder.bitcast(builder.or_(builder.shl(states[first], _ints(16)), states[second]), _HALVES)
+        return
+    # Segments n and n + 1 hold 16-bit pieces (n, n + 1) and (n + 1, n + 2): one funnel shift of both cuts two windows.
+    kind = ir.FunctionType(_HALVES, [_HALVES] * 3)
+    funnel = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fshl.v{2 * LANES}i16")
+    for first, _ in step_pairs(spec):
+        number, offset = divmod(first * spec.bits_per_step, SEGMENT_BITS)
+        pieces = (builder.bitcast(_segment(builder, segments, pair, number + n, spec), _HALVES) for n in (0, 1))
+        yield builder.lshr(builder.call(funnel, [*pieces, _halves(offset)]), _halves(16 - spec.state_bits))
+
+
+def paired_rows(builder, table_rows, pair, number, lane, spec):
+    """The two rows, as indices, that one tile reads in step pair `number` of a row pair: one load, two looked-up steps."""
+    first = builder.mul(pair, at(spec.steps // ROW_PAIRS // 2 * LANES))
+    both = builder.load(builder.gep(table_rows, [builder.add(first, at(number * LANES + lane))]))
+    low = ir.Constant(_I32, 0xFFFF)
+    return [builder.zext(row, _I64) for row in (builder.lshr(both, ir.Constant(_I32, 16)), builder.and_(both, low))]
+
+
+def table_entry(builder, table, row, kind, weights_per_step):
+    """`kind` as it lies at a row of the table."""
+    entry = builder.load(builder.bitcast(builder.gep(table, [builder.mul(row, at(weights_per_step))]), kind.as_pointer()))
+    entry.align = 4
+    return entry
+
+
+def _looked_up(builder, table_rows, table, pair, number, second, spec):
+    """The V weights of one step of a step pair: a scalar load a lane, which is faster here than gather instructions."""
+    kind = ir.DoubleType() if spec.weights_per_step == 2 else _F32
     found = ir.Constant(ir.VectorType(kind, LANES), ir.Undefined)
     for lane in range(LANES):
-        row = builder.load(builder.gep(rows, [builder.add(first, at(lane))]))
-        entry = builder.load(builder.gep(entries, [builder.zext(row, _I64)]))
-        entry.align = 4
+        row = paired_rows(builder, table_rows, pair, number, lane, spec)[second]
+        entry = table_entry(builder, table, row, kind, spec.weights_per_step)
         found = builder.insert_element(found, entry, ir.Constant(_I32, lane))
-    if weights_per_step == 1:
+    if spec.weights_per_step == 1:
         return [found]
     both = builder.bitcast(found, ir.VectorType(_F32, 2 * LANES))
     return [shuffle(builder, both, both, range(parity, 2 * LANES, 2)) for parity in (0, 1)]
@@ -254,9 +314,9 @@ def cut_segments(typing_context, segments, words, starts, recipe):
 
 @intrinsic(prefer_literal=True)
 def find_table_rows(typing_context, table_rows, segments, pair, recipe):
-    """Write which rows of `lookup_table` a row pair reads: table_rows[pair, step, lane].
+    """Write which rows of `lookup_table` a row pair reads: table_rows[row pair, step pair, lane], first step in the high half.
 
-    table_rows: uint16, steps of a walk * LANES elements. segments: from `cut_segments`. pair: int64, 0..7.
+    table_rows: uint32, half the steps of a walk * LANES elements. segments: from `cut_segments`. pair: int64, 0..7.
     A pass of its own, because LLVM would keep the rows in vector registers and pick them out at twice the cost of a load.
     Does nothing for computed codes.
     """
@@ -265,31 +325,28 @@ def find_table_rows(typing_context, table_rows, segments, pair, recipe):
     def codegen(context, builder, signature, arguments):
         if codes.lut_shape(spec) is not None:
             out, ring = pointers(context, builder, signature, arguments, 2)
-            first = builder.mul(arguments[2], at(spec.steps // ROW_PAIRS * LANES))
-            for step, state in enumerate(_states(builder, ring, arguments[2], spec)):
-                row = builder.trunc(_table_row(builder, state, spec.code), ir.VectorType(_I16, LANES))
-                store(builder, row, out, builder.add(first, at(step * LANES)))
+            first = builder.mul(arguments[2], at(spec.steps // ROW_PAIRS // 2 * LANES))
+            for number, states in enumerate(_paired_states(builder, ring, arguments[2], spec)):
+                rows = builder.bitcast(_table_rows(builder, states, spec.code), _INTS)
+                store(builder, rows, out, builder.add(first, at(number * LANES)))
         return context.get_dummy_value()
 
     return types.void(table_rows, segments, pair, recipe), codegen
 
 
 def row_pair_weights(builder, segments, table_rows, table, pair, recipe):
-    """Yields (row half, column, weights) of a row pair along the walk; weights is float32, a vector over the tiles.
+    """Yields (row half, column, weights) for the 32 places of a row pair; weights is float32, a vector over the tiles.
 
     segments, table_rows, table: pointers to what `cut_segments`, `find_table_rows` and `lookup_table` made.
     The weights lack the factor `weight_scale`; apart from it they equal `codes.values` bit for bit.
     """
     spec, byte_dot = recipe_spec(recipe)
     if codes.lut_shape(spec) is not None:
-        steps = spec.steps // ROW_PAIRS
-        first = builder.mul(pair, at(steps * LANES))
-        for step in range(steps):
-            row = builder.add(first, at(step * LANES))
-            weights = _looked_up(builder, table, table_rows, row, spec.weights_per_step)
-            places = ROW_PAIR_WALK[step * spec.weights_per_step : (step + 1) * spec.weights_per_step]
-            for place, weight in zip(places, weights, strict=True):
-                yield *place, weight
+        for number, steps in enumerate(step_pairs(spec)):
+            for second, step in enumerate(steps):
+                weights = _looked_up(builder, table_rows, table, pair, number, second, spec)
+                for place, weight in zip(places(step, spec), weights, strict=True):
+                    yield *place, weight
         return
     for place, state in zip(ROW_PAIR_WALK, _states(builder, segments, pair, spec), strict=True):
         if spec.code in ("1mad", "mul1"):

@@ -220,6 +220,13 @@ def test_an_output_directory_that_is_not_empty(quantize: Qtip, tmp_path: Path) -
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_packing_over_other_files(qtip: Qtip, tiny_model: Path, own_packed: Path) -> None:
+    (own_packed / "mine").mkdir()
+    (own_packed / "mine" / "thesis.txt").write_text("years of work")
+    complaint(qtip("pack", tiny_model, "out.job", "--out", "mine"), "mine is not empty", "--force")
+    assert left_behind(own_packed / "mine") == {"thesis.txt"}
+
+
 def test_an_output_that_is_a_file(quantize: Qtip, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     complaint(quantize("--out", "out"), "out is a file")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from stages.fixtures import Qtip
-from stages.tiny import FAST_OPTIONS, environment, qtip_process
+from stages.tiny import FAST_OPTIONS, environment
 
 COMMANDS = ["calibrate", "quantize", "pack", "eval", "generate", "inspect", "doctor", "demo", "bench"]
 LOOK = """
@@ -106,7 +106,7 @@ def test_the_layers_are_shown_as_they_are_done(quantize: Qtip) -> None:
     assert outcome.out.startswith("out: ")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(qtip: Qtip, tiny_model: Path, text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qtipcli", "quantize", tiny_model, *FAST_OPTIONS, "--data", text, "--out", "out"]
     process = subprocess.Popen(
         [*map(str, command)], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -122,8 +122,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_model: Path, text: Path, tmp_pa
     assert "give the same command again to go on" in "".join(said)
     assert "Traceback" not in "".join(said)
     assert not (tmp_path / "out").exists()
-    again = qtip_process(*command[3:], cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "quantize (1 of 2 done before)" in again.stderr
-    assert "calibrate" not in again.stderr
-    assert again.stdout.startswith("out: ")
+    again = qtip(*command[3:])
+    assert again.status == 0, again.err
+    assert "quantize (1 of 2 done before)" in again.err
+    assert "calibrate" not in again.err
+    assert again.out.startswith("out: ")

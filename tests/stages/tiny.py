@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +64,6 @@ def environment() -> dict[str, str]:
     """For subprocesses: the checkout importable, no hub, one OpenMP thread, so that a busy machine does not stall them."""
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "kernels", "tests"))
     return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def qtip_process(*arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    """`python -m qtipcli ARGUMENTS`, waited for; `how` goes to subprocess.run."""
-    command = [sys.executable, "-m", "qtipcli", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, **how)
 
 
 def snapshot(directory: Path) -> dict[str, str]:

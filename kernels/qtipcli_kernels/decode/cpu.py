@@ -104,7 +104,7 @@ def decoder(spec: TrellisSpec, byte_dot: bool = vectors.HAS_BYTE_DOT):
         word_starts = np.empty(LANES, np.int64)
         weight_starts = np.empty(LANES, np.int64)
         segments = np.empty(2 * tile_words * LANES, np.uint32)
-        table_rows = np.empty(steps * LANES, np.uint16)
+        table_rows = np.empty(steps // 2 * LANES, np.uint32)
         for tile_row in range(start, stop):
             for first in range(0, tiles, LANES):
                 for lane in range(LANES):

@@ -49,6 +49,10 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Iterable
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+PLAIN_LINE_SECONDS = 5.0
+"""Off a terminal, a phase of many short steps says where it is this often; and at its end."""
+
+
 class Display:
     """Shows a stage's progress on stderr: a bar with ETA on a terminal, plain lines elsewhere. A context manager."""
 
@@ -58,7 +62,7 @@ class Display:
         self._task: Any = None
         self._title = ""
         self._total = self._done = self._done_before = 0
-        self._started = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._has_header = False
 
     def __enter__(self) -> Display:
@@ -71,7 +75,8 @@ class Display:
         """See stages.progress.Watcher."""
         self._end()
         self._title, self._total, self._done, self._done_before = title, total, done, done
-        self._started, self._has_header = time.monotonic(), False
+        self._started = self._last_line = time.monotonic()
+        self._has_header = False
         resumed = f" ({done} of {total} done before)" if done else ""
         self.console.print(f"{title}{resumed}")
         if self.console.is_terminal and not self.console.quiet:
@@ -86,7 +91,11 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
             return
-        elapsed = time.monotonic() - self._started
+        now = time.monotonic()
+        if now - self._last_line < PLAIN_LINE_SECONDS and self._done < self._total:
+            return
+        self._last_line = now
+        elapsed = now - self._started
         left = elapsed / max(1, self._done - self._done_before) * (self._total - self._done)
         self.console.print(f"  {self._title} {self._done}/{self._total} {text}: {elapsed:.0f} s, about {left:.0f} s left")
 
