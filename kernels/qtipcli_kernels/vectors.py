@@ -2,8 +2,8 @@
 
 One vector lane is one tile, so every window and every code is the same instruction in all lanes, with constant shift counts.
 It is written as LLVM vectors because Numba's auto-vectoriser does not keep so long a body in registers. LLVM splits the
-vectors where the machine's are narrower: the same code serves AVX-512, AVX2 and NEON, and only the byte sum has a second form
-for machines that have an instruction for it.
+vectors where the machine's are narrower: the same code serves AVX-512, AVX2 and NEON. Only the computed codes have a second
+form, for machines with integer dot products.
 
 A walk visits rows r and r + 8 of its tile together, for r = 0..7: a "row pair" of 32 weights, the unit of every loop here.
 A kernel calls `cut_segments` for sixteen tiles, then, where the code reads a table, `find_table_rows` for each row pair, then
@@ -46,10 +46,12 @@ ENTRY = 4
 HYB2_FLIP_FROM = 46_341
 """The smallest s with bit 31 set in s^2 + s; it stays set up to s = 2^16 - 1."""
 
-HAS_BYTE_DOT = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and llvmlite.binding.get_host_cpu_features().get(
-    "avx512vnni", False
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+
+HAS_INTEGER_DOT = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and all(
+    _FEATURES.get(name, False) for name in ("avx512bw", "avx512vnni")
 )
-"""Whether code for this machine may use VNNI's dot product of four bytes; never where Numba's target is set by hand."""
+"""Whether code may use AVX-512's dot products of bytes and of 16-bit integers; never where Numba's target is set by hand."""
 
 _REVISION = hashlib.sha256((inspect.getsource(sys.modules[__name__]) + inspect.getsource(codes)).encode()).hexdigest()
 """Part of every recipe: Numba's cache itself notices changes only in the file of the function that it compiles."""
@@ -59,17 +61,17 @@ _INTS, FLOATS, _QUAD = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES), i
 _HALVES = ir.VectorType(_I16, 2 * LANES)
 
 
-def recipe(spec: TrellisSpec, byte_dot: bool = HAS_BYTE_DOT) -> str:
+def recipe(spec: TrellisSpec, integer_dot: bool = HAS_INTEGER_DOT) -> str:
     """What the intrinsics are specialised to, as the string literal that they take."""
-    fields = (spec.code, spec.bits_per_step, spec.state_bits, spec.weights_per_step, int(byte_dot), _REVISION)
+    fields = (spec.code, spec.bits_per_step, spec.state_bits, spec.weights_per_step, int(integer_dot), _REVISION)
     return " ".join(str(field) for field in fields)
 
 
 def recipe_spec(literal: types.StringLiteral) -> tuple[TrellisSpec, bool]:
-    """The trellis of a recipe, and whether its byte sums use the dot product instruction."""
+    """The trellis of a recipe, and whether its code may use integer dot products."""
     code, *numbers, _ = literal.literal_value.split()
-    bits_per_step, state_bits, weights_per_step, byte_dot = map(int, numbers)
-    return TrellisSpec(code, bits_per_step, state_bits, weights_per_step), bool(byte_dot)
+    bits_per_step, state_bits, weights_per_step, integer_dot = map(int, numbers)
+    return TrellisSpec(code, bits_per_step, state_bits, weights_per_step), bool(integer_dot)
 
 
 def places(step: int, spec: TrellisSpec) -> tuple[tuple[int, int], ...]:
@@ -143,14 +145,14 @@ def pointers(context, builder, signature, arguments, count):
 # --- codes: vectors of states to vectors of weights, the twins of `codes.values` ---
 
 
-def _byte_sums(builder, state, code, byte_dot):
+def _byte_sums(builder, state, code, integer_dot):
     """Sum of four bytes less its mean, exact in float32; the factor to unit variance is left to the end of the product."""
     if code == "1mad":
         x = builder.add(builder.mul(state, _ints(codes.ONE_MAD_MULTIPLIER)), _ints(codes.ONE_MAD_INCREMENT))
     else:
         x = builder.mul(state, _ints(codes.MUL1_MULTIPLIER))
     mean = int(codes.BYTE_SUM_MEAN)
-    if byte_dot:
+    if integer_dot:
         dot = ir.FunctionType(_INTS, [_INTS] * 3)
         function = cgutils.get_or_insert_function(builder.module, dot, "llvm.x86.avx512.vpdpbusd.512")
         return builder.sitofp(builder.call(function, [_ints(-mean), x, _ints(0x0101_0101)]), FLOATS)
@@ -163,19 +165,24 @@ def _byte_sums(builder, state, code, byte_dot):
     return builder.sitofp(total, FLOATS)
 
 
-def _half_pair_sums(builder, state, code):
+def _half_pair_sums(builder, state, code, integer_dot):
     if code == "3inst":
         x = builder.add(builder.mul(state, _ints(codes.THREE_INST_MULTIPLIER)), _ints(codes.THREE_INST_INCREMENT))
     else:
         x = builder.mul(state, _ints(codes.MCG_MULTIPLIER))
+    high = builder.ashr(x, _ints(3))
+    if integer_dot:
+        # 2^13 times the low half plus 0 times the high one: the two shifts below in one instruction, off the shifters.
+        dot = ir.FunctionType(_INTS, [_HALVES] * 2)
+        function = cgutils.get_or_insert_function(builder.module, dot, "llvm.x86.avx512.pmaddw.d.512")
+        low = builder.call(function, [builder.bitcast(x, _HALVES), ir.Constant(_HALVES, [1 << 13, 0] * LANES)])
+    else:
+        low = builder.ashr(builder.shl(x, _ints(16)), _ints(3))
     # A half's exponent is 0b011xx ^ mask bits, never zero: as float32 it is the same bits 13 places up, re-biased in the xor.
     half_mask, half_xor = codes.HALF_PAIR_MASK & 0xFFFF, codes.HALF_PAIR_XOR & 0xFFFF
     mask = (half_mask & 0x8000) << 16 | (half_mask & 0x7FFF) << 13
     flip = (half_xor << 13) + ((127 - 15) << 23)
-    halves = []
-    for in_high_bits in (x, builder.shl(x, _ints(16))):
-        moved = builder.and_(builder.ashr(in_high_bits, _ints(3)), _ints(mask))
-        halves.append(builder.bitcast(builder.xor(moved, _ints(flip)), FLOATS))
+    halves = [builder.bitcast(builder.xor(builder.and_(moved, _ints(mask)), _ints(flip)), FLOATS) for moved in (high, low)]
     total = builder.fadd(*halves)
     # Round to the 11 significant bits of fp16 by splitting (Dekker, 1971): 2^13 t - fl((2^13 - 1) t). That ties go to even
     # here was checked for every pair of halves that the mask lets through; 2^13 t is exact, so contraction changes nothing.
@@ -340,7 +347,7 @@ def row_pair_weights(builder, segments, table_rows, table, pair, recipe):
     segments, table_rows, table: pointers to what `cut_segments`, `find_table_rows` and `lookup_table` made.
     The weights lack the factor `weight_scale`; apart from it they equal `codes.values` bit for bit.
     """
-    spec, byte_dot = recipe_spec(recipe)
+    spec, integer_dot = recipe_spec(recipe)
     if codes.lut_shape(spec) is not None:
         for number, steps in enumerate(step_pairs(spec)):
             for second, step in enumerate(steps):
@@ -350,6 +357,6 @@ def row_pair_weights(builder, segments, table_rows, table, pair, recipe):
         return
     for place, state in zip(ROW_PAIR_WALK, _states(builder, segments, pair, spec), strict=True):
         if spec.code in ("1mad", "mul1"):
-            yield *place, _byte_sums(builder, state, spec.code, byte_dot)
+            yield *place, _byte_sums(builder, state, spec.code, integer_dot)
         else:
-            yield *place, _half_pair_sums(builder, state, spec.code)
+            yield *place, _half_pair_sums(builder, state, spec.code, integer_dot)

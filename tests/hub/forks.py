@@ -20,7 +20,7 @@ TIMEOUT = 240
 def environment() -> dict[str, str]:
     """This process's, with the packages and tests of the checkout importable and no way to the hub."""
     path = [str(ROOT / folder) for folder in ("src", "kernels", "tests")] + [os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"}
 
 
 def run(programs: dict[str, str]) -> dict[str, tuple[int, str]]:

@@ -43,16 +43,16 @@ def test_kernel_computes_every_state_of_a_computed_code(code):
     assert torch.equal(cpu.decode(trellis, spec), reference.decode(trellis, spec))
 
 
-@pytest.mark.parametrize("code", ["1mad", "mul1"])
-@pytest.mark.parametrize("byte_dot", [False, True])
-def test_byte_sums_are_the_same_with_and_without_the_dot_instruction(code, byte_dot):
-    if byte_dot and not vectors.HAS_BYTE_DOT:
-        pytest.skip("this processor has no VNNI")
+@pytest.mark.parametrize("code", ["1mad", "mul1", "3inst", "mcg"])
+@pytest.mark.parametrize("integer_dot", [False, True])
+def test_weights_are_the_same_with_and_without_integer_dot_products(code, integer_dot):
+    if integer_dot and not vectors.HAS_INTEGER_DOT:
+        pytest.skip("this processor has no AVX-512 VNNI")
     spec = TrellisSpec(code, 2)
     trellis = packed(spec, 64, 256)
     weight = torch.empty(64, 256)
     arguments = (trellis.numpy().view("uint32").reshape(-1), vectors.lookup_table(spec, None))
-    cpu.decoder(spec, byte_dot)(0, 4, *arguments, cpu.np.float32(vectors.weight_scale(spec)), weight.numpy())
+    cpu.decoder(spec, integer_dot)(0, 4, *arguments, cpu.np.float32(vectors.weight_scale(spec)), weight.numpy())
     assert torch.equal(weight, reference.decode(trellis, spec))
 
 

@@ -78,15 +78,15 @@ def test_the_number_of_threads_does_not_change_a_bit(monkeypatch, count):
     threads._pool.cache_clear()
 
 
-@pytest.mark.parametrize("code", ["1mad", "mul1"])
-def test_the_dot_instruction_does_not_change_a_bit(monkeypatch, code):
-    """Oracle: the kernel without it. Both sum the same integers."""
-    if not vectors.HAS_BYTE_DOT:
-        pytest.skip("this processor has no VNNI")
+@pytest.mark.parametrize("code", ["1mad", "mul1", "3inst", "mcg"])
+def test_integer_dot_products_do_not_change_a_bit(monkeypatch, code):
+    """Oracle: the kernel without them. Both compute the same integers."""
+    if not vectors.HAS_INTEGER_DOT:
+        pytest.skip("this processor has no AVX-512 VNNI")
     spec = TrellisSpec(code, 2)
     trellis, x = packed(spec, *RAGGED), x_rows(1, RAGGED[1])
     with_dot = cpu.matvec(x, trellis, spec)
-    monkeypatch.setattr(cpu, "product", partial(cpu.product, byte_dot=False))
+    monkeypatch.setattr(cpu, "product", partial(cpu.product, integer_dot=False))
     assert torch.equal(cpu.matvec(x, trellis, spec), with_dot)
 
 

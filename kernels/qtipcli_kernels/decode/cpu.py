@@ -88,13 +88,13 @@ def _write_row_pair(typing_context, weight, starts, segments, table_rows, table,
 
 
 @lru_cache
-def decoder(spec: TrellisSpec, byte_dot: bool = vectors.HAS_BYTE_DOT):
+def decoder(spec: TrellisSpec, integer_dot: bool = vectors.HAS_INTEGER_DOT):
     """The compiled decoder of one trellis: (start, stop, words, table, scale, weight_OI out).
 
     start, stop: range of rows of tiles. words: uint32, the packed matrix, flat. table, scale: from `vectors`.
     weight_OI: float32 [O, I], contiguous.
     """
-    steps, tile_words, recipe = spec.steps, spec.words_per_tile, vectors.recipe(spec, byte_dot)
+    steps, tile_words, recipe = spec.steps, spec.words_per_tile, vectors.recipe(spec, integer_dot)
 
     @numba.njit(nogil=True, cache=True)
     def kernel(start, stop, words, table, scale, weight_OI):

@@ -161,7 +161,7 @@ def _x_entry(builder, x, index, spec, kind):
 
 
 @lru_cache
-def product(spec: TrellisSpec, rows: int, byte_dot: bool = vectors.HAS_BYTE_DOT):
+def product(spec: TrellisSpec, rows: int, integer_dot: bool = vectors.HAS_INTEGER_DOT):
     """The compiled product of one trellis with `rows` rows of x: (start, stop, x, words, table, tile_rows, parts out).
 
     start, stop: range of items; item i is the group i // chunks of LANES rows of tiles, and of their inputs the chunk
@@ -169,7 +169,7 @@ def product(spec: TrellisSpec, rows: int, byte_dot: bool = vectors.HAS_BYTE_DOT)
     parts: float32 [chunks, at most rows, O], to be summed and scaled.
     """
     steps, tile_words, width = spec.steps, spec.words_per_tile, _total_width(spec, rows)
-    recipe = vectors.recipe(spec, byte_dot)
+    recipe = vectors.recipe(spec, integer_dot)
 
     @numba.njit(nogil=True, cache=True)
     def kernel(start, stop, x, words, table, tile_rows, parts):
