@@ -34,14 +34,14 @@ def viterbi(x_NTV: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, seam: t
     state = torch.arange(spec.states)
     edges = torch.arange(1 << spec.bits_per_step)
     # State j follows every state whose low L - kV bits are j's high ones.
-    predecessor_SE = (state >> spec.bits_per_step)[:, None] | (edges << spec.shared_bits)[None, :]
+    predecessor_ES = (state >> spec.bits_per_step)[None, :] | (edges << spec.shared_bits)[:, None]
     infinite = torch.tensor(torch.inf)
     cost_NS = ((x_NTV[:, 0, None] - table) ** 2).sum(-1)
     if seam is not None:
         cost_NS = torch.where(state[None, :] >> spec.bits_per_step == seam[:, None], cost_NS, infinite)
     back = []
     for t in range(1, x_NTV.shape[1]):
-        best_NS, edge_NS = cost_NS[:, predecessor_SE].min(-1)
+        best_NS, edge_NS = cost_NS[:, predecessor_ES].min(1)
         back.append(edge_NS.to(torch.uint8))
         cost_NS = ((x_NTV[:, t, None] - table) ** 2).sum(-1) + best_NS
     if seam is not None:

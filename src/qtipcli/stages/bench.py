@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,13 +166,19 @@ def encoding_peak(spec: TrellisSpec, size: int) -> float:
     for each in (spec, small):
         dispatch.encode(torch.zeros(1, TILE_WEIGHTS), each)  # compiles, which takes memory of its own
     weight_OI = torch.randn(size, size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_bytes()
     tiles = packing.tiles_from_matrix(weight_OI)
     states = dispatch.encode(tiles, small)
     dispatch.encode(tiles[: 8 * thread_count()], spec)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = _peak_bytes() - before
     del states
-    return (after - before) * 1024 / 1e6
+    return grown / 1e6
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process has held so far. Not getrusage, whose figure a child inherits from its parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def parse_shape(text: str) -> tuple[int, int]:
