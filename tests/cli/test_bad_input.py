@@ -355,3 +355,16 @@ def test_a_disk_that_is_full(small_disk: Path, quantize: Qtip) -> None:
 
 def test_fast_options_are_what_is_tested(packed: Path) -> None:
     assert json.loads((packed / "out.job" / "job.json").read_text())["settings"]["state_bits"] == int(FAST_OPTIONS[1])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", "nowhere", "--prompt", "x"], ["eval", "nowhere"], ["eval", ".", "--base", "no where"]]
+)
+def test_a_model_to_run_that_does_not_exist_is_named_before_the_hub_is_asked(arguments, capsys, monkeypatch):
+    from qtipcli.cli.main import _run
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert _run(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "does not exist" in printed.err and "hint: give a model's directory" in printed.err

@@ -179,8 +179,6 @@ def generate(
     from qtipcli.stages import generate
 
     stream = None if as_json else lambda text: print(text, end="", flush=True)
-    if not as_json:
-        print(prompt, end="", flush=True)
     result = generate.run(directory, prompt, tokens, temperature, seed, stream)
     if as_json:
         print_json(asdict(result))

@@ -41,7 +41,7 @@ def run(
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Continue `prompt` by up to `tokens` tokens; temperature 0 is greedy. on_text is given each piece as it comes."""
+    """Continue `prompt` by up to `tokens` tokens; temperature 0 is greedy. on_text is given the prompt, then each piece."""
     if tokens < 1:
         raise SettingsError(f"{tokens} tokens cannot be generated", "ask for 1 or more")
     if temperature < 0:
@@ -54,6 +54,8 @@ def run(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _CallbackStreamer(tokenizer, on_text) if on_text else None
+    if on_text:
+        on_text(prompt)
     started = time.monotonic()
     with torch.inference_mode():
         output = model.generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,27 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_name(name_or_path: str | Path) -> None:
+    """Raise QtipError where this is neither a directory nor could be a hub name, before anything asks the hub for it."""
+    if not Path(name_or_path).is_dir() and not HUB_NAME.fullmatch(str(name_or_path)):
+        raise QtipError(f"{name_or_path} does not exist", "give a model's directory, or a hub name such as org/model")
+
+
 def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """The model in eval mode, on the default device.
 
     dtype: None is float32 on a CPU, which has no fast 16-bit arithmetic everywhere, and the model's own on a GPU.
     Raises QtipError with what transformers says where it cannot be loaded.
     """
+    check_name(name_or_path)
     device = default_device()
     chosen = dtype or ("auto" if device.type == "cuda" else torch.float32)
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         fact = str(error).strip().split("\n")[0].rstrip(".")
-        raise QtipError(f"{name_or_path} cannot be loaded: {fact}", "check that it is a causal language model") from error
+        raise QtipError(f"{name_or_path} cannot be loaded: {fact}", "check the name, and that transformers loads it") from error
     return model.to(device).eval()

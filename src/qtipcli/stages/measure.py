@@ -15,7 +15,7 @@ from qtipcli.hub.config import METHOD
 from qtipcli.stages import evaluate
 from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT
 from qtipcli.stages.inspect import read_config
-from qtipcli.stages.load import load_model
+from qtipcli.stages.load import check_name, load_model
 from qtipcli.stages.progress import Silent, Watcher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +39,8 @@ def run(
     if dtype is not None and dtype not in DTYPES:
         raise SettingsError(f"there is no dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     chosen = DTYPES[dtype] if dtype else None
+    for name in filter(None, (directory, base)):
+        check_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
