@@ -92,7 +92,9 @@ def quantize(
     quantized_prefix: Annotated[
         bool | None, typer.Option("--quantized-prefix/--original-prefix", help="Calibrate on already quantized blocks.")
     ] = None,
-    fast: Annotated[bool | None, typer.Option("--fast/--exact", help="Shorter first encoder pass: 25 % faster.")] = None,
+    fast: Annotated[
+        bool | None, typer.Option("--fast/--exact", help="Let the first encoder pass see half the ring only.")
+    ] = None,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Pack when all layers are rounded.")] = True,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,

@@ -60,7 +60,7 @@ def _complain(error: QtipError) -> int:
 def _prepare_environment() -> None:
     """Set what torch and transformers read when they are imported, unless the user has set it."""
     # After each of its parallel regions torch's OpenMP spins for milliseconds, on cores that our own threads then lack; and
-    # where other processes hold a core, it spins out its time slice. Sleeping costs torch a few percent on an idle machine.
+    # where other processes hold a core, it spins out its time slice. Sleeping costs torch about 15 % on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Their bars and advice would stand between the lines of our own; errors still come through.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -7,7 +7,7 @@ metric of the Hessian. Each half is a linear least-squares problem. Dimension ke
 import torch
 
 REFIT_ROUNDS = 2
-"""Alternating rounds; a third changes the loss by less than 0.1 %."""
+"""Alternating rounds, as in the design's measurements; not tuned further."""
 
 COLUMN_RIDGE = 1e-6
 """Share of the mean diagonal added to the columns' normal equations: they are singular where an input is dead."""
