@@ -37,8 +37,10 @@ HYBRID_SCALES = {1.0: 1.15, 1.5: 1.07, 2.0: 1.0, 2.5: 0.95, 3.0: 0.90, 3.5: 0.85
 """The same for the hybrid codes, whose table of 512 pairs reaches less far."""
 
 SEARCH_FACTORS = (0.70, 0.78, 0.86, 0.94, 1.02)
-"""Shares of the table's ratio that the search tries. Most matrices of the materials lie between 0.86 and 0.98; at 4 bits a few of
-the 1 M model's end at an edge, where a wider grid might win a little."""
+"""Shares of the table's ratio that the search tries.
+
+Most matrices of the materials lie between 0.86 and 0.98. At 4 bits a few end at an edge, where a wider grid might help.
+"""
 
 SEARCH_STATE_BITS = 10
 """L of the trellis that the search rounds with: 64 times cheaper than 16. That its best ratio serves there is assumed."""
