@@ -26,6 +26,8 @@ def why_not(device: torch.device | str) -> str | None:
         return _without_triton() if INTERPRETED else "Triton compiles for GPUs only"
     if device.type != "cuda":  # torch calls AMD's devices "cuda" too
         return f"the kernels are written for NVIDIA and AMD GPUs, not for device type {device.type}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
     index = torch.cuda.current_device() if device.index is None else device.index
     return _without_triton() or _unfit_gpu(index)
 

@@ -1,20 +1,19 @@
-"""Owns the choice of implementation for each operator: Numba on CPUs, the reference elsewhere, as torch.library custom ops.
+"""Owns the choice of implementation for each operator: Numba on CPUs, Triton on GPUs, else the reference; as custom ops.
 
 The functions below are the package's public face. Each op has a fake implementation, so torch.compile traces through it.
 Dimension key: B rows of x, O outputs, I inputs, W words a tile.
 """
 
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib import import_module
+from types import ModuleType
+
 import torch
 
-from qtipcli_kernels.codes import tabulate
-from qtipcli_kernels.decode import cpu as decode_cpu
-from qtipcli_kernels.decode import reference as decode_reference
-from qtipcli_kernels.hadamard import cpu as hadamard_cpu
-from qtipcli_kernels.hadamard import reference as hadamard_reference
-from qtipcli_kernels.matvec import cpu as matvec_cpu
+from qtipcli_kernels import device as devices
+from qtipcli_kernels.codes import default_lut, lut_shape, tabulate
 from qtipcli_kernels.spec import TILE, TILE_WEIGHTS, SpecError, TrellisSpec
-from qtipcli_kernels.viterbi import cpu as viterbi_cpu
-from qtipcli_kernels.viterbi import reference as viterbi_reference
 
 FUSED_ROWS = 1024
 """Most rows of x that go to the CPU kernel which decodes into registers; more go to a library product with decoded strips.
@@ -41,21 +40,27 @@ def encode(tiles: torch.Tensor, spec: TrellisSpec, table: torch.Tensor | None = 
 
 
 def decode(trellis: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None = None) -> torch.Tensor:
-    """The matrix that a packed one holds: int32 [O/16, I/16 * W] -> float32 [O, I]."""
+    """The matrix that a packed one holds: int32 [O/16, I/16 * W] -> float32 [O, I]. Differentiable in lut."""
     _check_packed(trellis, spec)
     return torch.ops.qtip.decode(trellis, lut, *_fields(spec))
 
 
 def matvec(x: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T: floating [..., I] -> [..., O] in x's dtype, computed in float32. Differentiable in x only."""
+    """x W^T: floating [..., I] -> [..., O] in x's dtype, summed in float32. Differentiable in x and lut.
+
+    Computed in float32, but for fp16 rows on a GPU: there the weights are rounded to fp16 where they are not already.
+
+    lut: fp16, or a float32 master copy of it. Its gradient is summed in float64 and has its dtype: sums over all weights that
+    read an entry can overflow fp16, so train the copy.
+    """
     _check_packed(trellis, spec)
     inputs = trellis.shape[1] // spec.words_per_tile * TILE
     if x.ndim == 0 or x.shape[-1] != inputs or not x.is_floating_point():
         raise SpecError(f"x is {x.dtype} {tuple(x.shape)}: this packed matrix multiplies floating tensors [..., {inputs}]")
-    if lut is not None and lut.requires_grad:
-        raise SpecError("the table requires a gradient, which the packed product does not give: decode the matrix to train it")
-    rows = x.reshape(-1, inputs).to(torch.float32)
-    product = torch.ops.qtip.matvec(rows, trellis, lut, *_fields(spec))
+    rows = x.reshape(-1, inputs)
+    if x.dtype != torch.float16 or implementation(x.device) != TRITON:
+        rows = rows.to(torch.float32)
+    product = torch.ops.qtip.matvec(rows, trellis, _stored(spec, lut, x), *_fields(spec))
     return product.reshape(*x.shape[:-1], trellis.shape[0] * TILE).to(x.dtype)
 
 
@@ -66,9 +71,62 @@ def hadamard(x: torch.Tensor, block: int, transpose: bool = False) -> torch.Tens
     return torch.ops.qtip.hadamard(x, block, transpose)
 
 
+def packed_linear(
+    x: torch.Tensor,
+    scale_in: torch.Tensor,
+    block_in: int,
+    trellis: torch.Tensor,
+    spec: TrellisSpec,
+    lut: torch.Tensor | None,
+    outputs: Sequence[tuple[int, int, torch.Tensor, torch.Tensor | None]],
+) -> list[torch.Tensor]:
+    """Whole layers that share an input, on a device that `implementation` calls "triton"; not differentiable.
+
+    x: fp16, bf16 or float32 [..., I]. outputs: for each layer padded outputs, block, scale and bias (layer.OutputSide).
+    Returns [..., O] for each, in x's dtype.
+    """
+    _check_packed(trellis, spec)
+    padded, blocks, scales, biases = (list(each) for each in zip(*outputs, strict=True))
+    ys = torch.ops.qtip.packed_linear(
+        x.reshape(-1, x.shape[-1]), scale_in, block_in, trellis, _stored(spec, lut, x), padded, blocks, scales, biases,
+        *_fields(spec),
+    )  # fmt: skip
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+NUMBA, TRITON, REFERENCE = "numba", "triton", "reference"
+
+
 def implementation(device: torch.device | str) -> str:
-    """Which implementation serves a device, for reports: "numba" on CPUs, "reference" elsewhere."""
-    return "numba" if torch.device(device).type == "cpu" else "reference"
+    """What serves a device, for reports: "numba" on CPUs, "triton" on GPUs that it runs on, else the slow "reference"."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return NUMBA
+    return TRITON if devices.why_not(device) is None else REFERENCE
+
+
+_MODULES = {NUMBA: "cpu", TRITON: "gpu", REFERENCE: "reference"}
+
+
+def _twin(operator: str, tensor: torch.Tensor) -> ModuleType:
+    """The module that serves `operator` where `tensor` lies."""
+    return _module(f"{operator}.{_MODULES[implementation(tensor.device)]}")
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    # Not at import: Triton is absent where there is no GPU, Numba may be where there is one, and both are slow to load.
+    return import_module(f"qtipcli_kernels.{name}")
+
+
+def _stored(spec: TrellisSpec, lut: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """The table to read: the default one is kept on each device, where copying it for every product would take longer."""
+    return _default_lut(spec, like.device) if lut is None and not like.is_cpu and lut_shape(spec) else lut
+
+
+@lru_cache(maxsize=16)
+def _default_lut(spec: TrellisSpec, device: torch.device) -> torch.Tensor:
+    return default_lut(spec).to(device)
 
 
 def _check_packed(trellis: torch.Tensor, spec: TrellisSpec) -> None:
@@ -88,8 +146,7 @@ def _define(name: str, arguments: str):
 @_define("encode", f"Tensor tiles, Tensor table, {SPEC_SCHEMA}, bool fast")
 def _encode(tiles, table, code, bits_per_step, state_bits, weights_per_step, fast):
     spec = TrellisSpec(code, bits_per_step, state_bits, weights_per_step)
-    chosen = viterbi_cpu if tiles.is_cpu else viterbi_reference
-    return chosen.encode(tiles, spec, table, fast)
+    return _twin("viterbi", tiles).encode(tiles, spec, table, fast)
 
 
 @_encode.register_fake
@@ -99,7 +156,7 @@ def _(tiles, table, code, bits_per_step, state_bits, weights_per_step, fast):
 
 @_define("decode", f"Tensor trellis, Tensor? lut, {SPEC_SCHEMA}")
 def _decode(trellis, lut, *fields):
-    return (decode_cpu if trellis.is_cpu else decode_reference).decode(trellis.contiguous(), TrellisSpec(*fields), lut)
+    return _twin("decode", trellis).decode(trellis.contiguous(), TrellisSpec(*fields), lut)
 
 
 @_decode.register_fake
@@ -112,7 +169,9 @@ def _(trellis, lut, *fields):
 def _matvec(x, trellis, lut, *fields):
     spec, trellis = TrellisSpec(*fields), trellis.contiguous()
     if x.is_cpu and len(x) <= FUSED_ROWS:
-        return matvec_cpu.matvec(x.detach().contiguous(), trellis, spec, lut)
+        return _twin("matvec", x).matvec(x.detach().contiguous(), trellis, spec, lut)
+    if not x.is_cpu and implementation(x.device) == TRITON:
+        return _module("layer").products(x.detach(), trellis, spec, lut).sum(0)
     product_BO = x.new_empty(len(x), len(trellis) * TILE)
     for outputs, weight_OI in _strips(trellis, spec, lut):
         product_BO[:, outputs] = x @ weight_OI.T
@@ -121,7 +180,7 @@ def _matvec(x, trellis, lut, *fields):
 
 @_matvec.register_fake
 def _(x, trellis, lut, *fields):
-    return x.new_empty((x.shape[0], trellis.shape[0] * TILE))
+    return x.new_empty((x.shape[0], trellis.shape[0] * TILE), dtype=torch.float32)
 
 
 @_define("matvec_grad", f"Tensor grad, Tensor trellis, Tensor? lut, {SPEC_SCHEMA}")
@@ -140,26 +199,101 @@ def _(grad, trellis, lut, *fields):
 
 
 def _strips(trellis: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None):
-    inputs = trellis.shape[1] // spec.words_per_tile * TILE
-    tile_rows = max(1, STRIP_WEIGHTS // (inputs * TILE))
-    return (decode_cpu if trellis.is_cpu else decode_reference).strips(trellis, spec, lut, tile_rows)
+    return _twin("decode", trellis).strips(trellis, spec, lut, _strip_tile_rows(trellis, spec))
+
+
+def _strip_tile_rows(trellis: torch.Tensor, spec: TrellisSpec) -> int:
+    return max(1, STRIP_WEIGHTS // (trellis.shape[1] // spec.words_per_tile * TILE * TILE))
+
+
+@_define("lut_grad", f"Tensor grad, Tensor x, Tensor trellis, {SPEC_SCHEMA}")
+def _lut_grad(grad, x, trellis, *fields):
+    """The gradient of `matvec` with respect to its table: float32 [B, O] and [B, I] -> float32 of the table's shape."""
+    spec = TrellisSpec(*fields)
+    strip_rows = min(_strip_tile_rows(trellis, spec), len(trellis)) * TILE
+    buffer_OI = x.new_empty(strip_rows, x.shape[1])
+    return _summed_by_entry(
+        lambda outputs: torch.mm(grad[:, outputs].T, x, out=buffer_OI[: outputs.stop - outputs.start]), trellis, spec
+    )
+
+
+@_define("decode_grad", f"Tensor grad, Tensor trellis, {SPEC_SCHEMA}")
+def _decode_grad(grad, trellis, *fields):
+    """The gradient of `decode` with respect to its table: float32 [O, I] -> float32 of the table's shape."""
+    return _summed_by_entry(lambda outputs: grad[outputs], trellis, TrellisSpec(*fields))
+
+
+def _summed_by_entry(gradient_of, trellis: torch.Tensor, spec: TrellisSpec) -> torch.Tensor:
+    gradient = _module("decode.gradient")
+    chosen = gradient.lut_grad_cpu if trellis.is_cpu else gradient.lut_grad
+    return chosen(gradient_of, trellis.contiguous(), spec, _strip_tile_rows(trellis, spec))
+
+
+@_lut_grad.register_fake
+def _(grad, x, trellis, *fields):
+    return grad.new_empty(lut_shape(TrellisSpec(*fields)))
+
+
+@_decode_grad.register_fake
+def _(grad, trellis, *fields):
+    return grad.new_empty(lut_shape(TrellisSpec(*fields)))
 
 
 def _save_packed(ctx, inputs, output):
-    _, trellis, lut, *ctx.fields = inputs
-    ctx.save_for_backward(trellis, lut)
+    x, trellis, lut, *ctx.fields = inputs
+    ctx.x_dtype = x.dtype
+    # x is many times the size of the rest, and only a table that is trained needs it.
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, trellis, lut)
 
 
 def _matvec_backward(ctx, grad):
-    return torch.ops.qtip.matvec_grad(grad, *ctx.saved_tensors, *ctx.fields), None, None, None, None, None, None
+    x, trellis, lut = ctx.saved_tensors
+    needs_x, _, needs_lut, *_ = ctx.needs_input_grad
+    grad_x = torch.ops.qtip.matvec_grad(grad, trellis, lut, *ctx.fields).to(ctx.x_dtype) if needs_x else None
+    grad_lut = torch.ops.qtip.lut_grad(grad, x.float(), trellis, *ctx.fields).to(lut.dtype) if needs_lut else None
+    return grad_x, None, grad_lut, None, None, None, None
 
 
 _matvec.register_autograd(_matvec_backward, setup_context=_save_packed)
 
 
+def _save_trellis(ctx, inputs, output):
+    trellis, lut, *ctx.fields = inputs
+    ctx.lut_dtype = None if lut is None else lut.dtype
+    ctx.save_for_backward(trellis)
+
+
+def _decode_backward(ctx, grad):
+    (trellis,) = ctx.saved_tensors
+    grad_lut = torch.ops.qtip.decode_grad(grad, trellis, *ctx.fields).to(ctx.lut_dtype) if ctx.needs_input_grad[1] else None
+    return None, grad_lut, None, None, None, None
+
+
+_decode.register_autograd(_decode_backward, setup_context=_save_trellis)
+
+
+_LAYERS = "int[] padded, int[] blocks, Tensor[] scales, Tensor?[] biases"
+
+
+@torch.library.custom_op(
+    "qtip::packed_linear",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor scale_in, int block_in, Tensor trellis, Tensor? lut, {_LAYERS}, {SPEC_SCHEMA}) -> Tensor[]",
+)
+def _packed_linear(x, scale_in, block_in, trellis, lut, padded, blocks, scales, biases, *fields):
+    layer = _module("layer")
+    outputs = [layer.OutputSide(*each) for each in zip(padded, blocks, scales, biases, strict=True)]
+    return layer.packed_linear(x, scale_in, block_in, trellis, TrellisSpec(*fields), lut, outputs)
+
+
+@_packed_linear.register_fake
+def _(x, scale_in, block_in, trellis, lut, padded, blocks, scales, biases, *fields):
+    return [x.new_empty((x.shape[0], scale.shape[0])) for scale in scales]
+
+
 @_define("hadamard", "Tensor x, int block, bool transpose")
 def _hadamard(x, block, transpose):
-    chosen = hadamard_cpu if x.is_cpu else hadamard_reference
+    chosen = _module("hadamard.reference") if x.dtype == torch.float64 and not x.is_cpu else _twin("hadamard", x)
     out = chosen.hadamard(x, block, transpose)
     # A custom op may not return its input, which a transform of width one would.
     return out.clone() if out.data_ptr() == x.data_ptr() else out

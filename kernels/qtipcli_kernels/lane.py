@@ -35,7 +35,6 @@ ACCUMULATORS = 8
 
 # "&": an output must not share a register with an operand that a later instruction of the text still reads.
 MULTIPLY_CONSTRAINTS = ",".join(["=&f"] * ACCUMULATORS + ["l"] * MAX_WORDS + ["r"] * 2 + ["l"] * 2 + ["f"] * ACCUMULATORS)
-FRAGMENT_CONSTRAINTS = ",".join(["=&r"] * 4 + ["l"] * MAX_WORDS + ["r"] * 2)
 
 UNIT = {"1mad": codes.BYTE_SUM_INVERSE_DEVIATION, "mul1": codes.BYTE_SUM_INVERSE_DEVIATION}
 """What one unit of a decoded fp16 stands for, where it is not 1: byte sums stay integers, which fp16 holds exactly."""
@@ -103,17 +102,6 @@ def multiply(spec: TrellisSpec, columns: int, tiles: int) -> str:
             sums[part] = into
     for target, source in zip(out[4 * groups :], sums[4 * groups : ACCUMULATORS], strict=True):
         text.add(f"mov.f32 {target}, {source}")
-    return text.block()
-
-
-def fragment(spec: TrellisSpec) -> str:
-    """The text of one tile's decode alone. `FRAGMENT_CONSTRAINTS`: four fp16 pairs in the walk's order out; addresses of words,
-    offset and table as of `multiply` in."""
-    text = _Text()
-    operands = [f"${number}" for number in range(4, 4 + MAX_WORDS + 2)]
-    words = [text.load(address, 0) for address in operands[: words_read(spec)]]
-    for index, register in enumerate(_decode(text, spec, words, *operands[MAX_WORDS:])):
-        text.add(f"mov.b32 ${index}, {register}")
     return text.block()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from random_packed import RAGGED, SPECS, name, packed, table, x_rows
 
-from qtipcli_kernels import codes, dispatch
+from qtipcli_kernels import codes, device, dispatch
 from qtipcli_kernels.decode import reference as decode_reference
 from qtipcli_kernels.matvec import cpu as matvec_cpu
 from qtipcli_kernels.spec import SpecError, TrellisSpec
@@ -17,9 +17,17 @@ def fields(spec):
     return spec.code, spec.bits_per_step, spec.state_bits, spec.weights_per_step
 
 
-def test_numba_serves_the_cpu_and_the_reference_everything_else():
+def test_numba_serves_the_cpu_triton_the_gpus_it_runs_on_and_the_reference_the_rest(monkeypatch):
     assert dispatch.implementation("cpu") == "numba"
-    assert dispatch.implementation(torch.device("cuda", 1)) == "reference"
+    assert dispatch.implementation("xpu") == "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "reference")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+        device._unfit_gpu.cache_clear()
+        assert dispatch.implementation(torch.device("cuda", 1)) == expected
+    assert "a card has compute capability 7.5" in device.why_not("cuda:1")
+    device._unfit_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
@@ -150,5 +158,3 @@ def test_what_does_not_fit_is_refused_by_name():
     spec = TrellisSpec("hyb", 4)
     with pytest.raises(SpecError, match=r"\(512, 2\)"):
         dispatch.matvec(torch.zeros(1, 32), packed(spec, 32, 32), spec, torch.zeros(2, 512))
-    with pytest.raises(SpecError, match="requires a gradient"):
-        dispatch.matvec(torch.zeros(1, 32), packed(spec, 32, 32), spec, torch.zeros(512, 2, requires_grad=True))

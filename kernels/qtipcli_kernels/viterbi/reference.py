@@ -31,11 +31,11 @@ def encode(tiles: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, fast: bo
 
 def viterbi(x_NTV: torch.Tensor, spec: TrellisSpec, table: torch.Tensor, seam: torch.Tensor | None = None) -> torch.Tensor:
     """Cheapest walk through x, int32 [N, T]; with `seam` [N], walks whose two ends share those L - kV bits."""
-    state = torch.arange(spec.states)
-    edges = torch.arange(1 << spec.bits_per_step)
+    state = torch.arange(spec.states, device=x_NTV.device)
+    edges = torch.arange(1 << spec.bits_per_step, device=x_NTV.device)
     # State j follows every state whose low L - kV bits are j's high ones.
     predecessor_ES = (state >> spec.bits_per_step)[None, :] | (edges << spec.shared_bits)[:, None]
-    infinite = torch.tensor(torch.inf)
+    infinite = torch.tensor(torch.inf, device=x_NTV.device)
     cost_NS = ((x_NTV[:, 0, None] - table) ** 2).sum(-1)
     if seam is not None:
         cost_NS = torch.where(state[None, :] >> spec.bits_per_step == seam[:, None], cost_NS, infinite)

@@ -1,0 +1,76 @@
+"""Owns a packed layer's whole computation on a GPU, without gradients: input transform, product, output transforms.
+
+Three launches for all the layers that share an input. Dimension key: B rows, I inputs, P padded inputs, O outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qtipcli_kernels.decode import gpu as decode_gpu
+from qtipcli_kernels.hadamard import gpu as hadamard_gpu
+from qtipcli_kernels.matvec import gpu as matvec_gpu
+from qtipcli_kernels.spec import TILE, TrellisSpec
+
+FUSED_ROWS = 3 * matvec_gpu.MAX_ROWS
+"""Most rows of x that the fused kernel multiplies, sixteen at a time; for more, the matrix is decoded and a library multiplies.
+
+By computation, until `make test-gpu` has measured it: decoding writes and reads the matrix in fp16, twice the traffic of the
+dense product, beside it; a launch of the fused kernel is meant to take less than 1/1.3 of that product.
+"""
+
+STRIP_WEIGHTS = 1 << 26
+"""Weights decoded at a time for the library's product: 128 MiB of fp16, its memory bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSide:
+    """What a layer does with its part of the product.
+
+    padded: columns of the product. block: of the transform. scale: floating [O]. bias: floating [O] or None.
+    """
+
+    padded: int
+    block: int
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def packed_linear(
+    x_BI: torch.Tensor,
+    scale_in_I: torch.Tensor,
+    block_in: int,
+    trellis: torch.Tensor,
+    spec: TrellisSpec,
+    lut: torch.Tensor | None,
+    outputs: Sequence[OutputSide],
+) -> list[torch.Tensor]:
+    """What each layer makes of x: [B, O] in x's dtype.
+
+    x_BI: fp16, bf16 or float32. trellis: the layers' packed matrices one below the other, int32 [sum of P_out/16, P/16 * W].
+    The rotated rows are rounded to fp16, as an fp16 product's are; sums and transforms are float32.
+    """
+    padded_in = trellis.shape[1] // spec.words_per_tile * TILE
+    rotated_BP, row_scale_B = hadamard_gpu.rotate_in(x_BI, scale_in_I, padded_in, block_in)
+    product_SBO = products(rotated_BP, trellis, spec, lut)
+    layers, first = [], 0
+    for side in outputs:
+        layers.append((first, side.padded, side.block, side.scale, side.bias))
+        first += side.padded
+    return hadamard_gpu.rotate_out_group(product_SBO, row_scale_B, layers, x_BI.dtype)
+
+
+def products(x_BI: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None) -> torch.Tensor:
+    """x W^T for any number of rows, in parts, float32 [S, B, O]: their sum over S is the product.
+
+    x_BI: float16 or float32. S is 1 where a library multiplies, which it does in x's dtype.
+    """
+    if len(x_BI) <= FUSED_ROWS:
+        pieces = [matvec_gpu.partial_products(piece, trellis, spec, lut) for piece in x_BI.split(matvec_gpu.MAX_ROWS)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    product_BO = x_BI.new_empty((1, len(x_BI), len(trellis) * TILE), dtype=torch.float32)
+    tile_rows = max(1, STRIP_WEIGHTS // (x_BI.shape[1] * TILE))
+    for outputs, weight_OI in decode_gpu.strips(trellis, spec, lut, tile_rows, x_BI.dtype):
+        product_BO[0, :, outputs] = x_BI @ weight_OI.T
+    return product_BO
