@@ -173,8 +173,9 @@ def _matvec(x, trellis, lut, *fields):
     if not x.is_cpu and implementation(x.device) == TRITON:
         return _module("layer").products(x.detach(), trellis, spec, lut).sum(0)
     product_BO = x.new_empty(len(x), len(trellis) * TILE)
-    for outputs, weight_OI in _strips(trellis, spec, lut):
-        product_BO[:, outputs] = x @ weight_OI.T
+    with _as_given(x):
+        for outputs, weight_OI in _strips(trellis, spec, lut):
+            product_BO[:, outputs] = x @ weight_OI.T
     return product_BO
 
 
@@ -188,14 +189,20 @@ def _matvec_grad(grad, trellis, lut, *fields):
     """The gradient of `matvec` with respect to x: grad W, float32 [B, O] -> [B, I]."""
     spec = TrellisSpec(*fields)
     grad_x_BI = grad.new_zeros(len(grad), trellis.shape[1] // spec.words_per_tile * TILE)
-    for outputs, weight_OI in _strips(trellis.contiguous(), spec, lut):
-        grad_x_BI.addmm_(grad[:, outputs], weight_OI)
+    with _as_given(grad):
+        for outputs, weight_OI in _strips(trellis.contiguous(), spec, lut):
+            grad_x_BI.addmm_(grad[:, outputs], weight_OI)
     return grad_x_BI
 
 
 @_matvec_grad.register_fake
 def _(grad, trellis, lut, *fields):
     return grad.new_empty((grad.shape[0], trellis.shape[1] // TrellisSpec(*fields).words_per_tile * TILE))
+
+
+def _as_given(x: torch.Tensor) -> torch.autocast:
+    """Products in the dtype of their operands: autocast reaches into custom ops, and would make bfloat16 of float32."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _strips(trellis: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None):
@@ -212,9 +219,10 @@ def _lut_grad(grad, x, trellis, *fields):
     spec = TrellisSpec(*fields)
     strip_rows = min(_strip_tile_rows(trellis, spec), len(trellis)) * TILE
     buffer_OI = x.new_empty(strip_rows, x.shape[1])
-    return _summed_by_entry(
-        lambda outputs: torch.mm(grad[:, outputs].T, x, out=buffer_OI[: outputs.stop - outputs.start]), trellis, spec
-    )
+    with _as_given(x):
+        return _summed_by_entry(
+            lambda outputs: torch.mm(grad[:, outputs].T, x, out=buffer_OI[: outputs.stop - outputs.start]), trellis, spec
+        )
 
 
 @_define("decode_grad", f"Tensor grad, Tensor trellis, {SPEC_SCHEMA}")

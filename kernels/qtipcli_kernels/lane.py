@@ -179,7 +179,7 @@ def _states(text: _Text, spec: TrellisSpec, aligned: list[str]) -> list[str]:
         index, first = divmod(step * spec.bits_per_step, WORD_BITS)
         if not seen_whole:
             states.append(_ending_at(text, aligned, index, first + bits))
-        elif bits == 16 and first % 8 + 16 <= WORD_BITS and first + 16 <= WORD_BITS:
+        elif bits == 16 and first + 16 <= WORD_BITS:
             # Whole bytes of a shifted word: windows whose beginnings differ by eight bits share the shift.
             key = (index, first % 8)
             if key not in shifted:

@@ -91,6 +91,19 @@ def test_matvec_gradient_is_the_dense_layers(monkeypatch):
     assert (leaf.grad - exact).norm() <= 2 * (seed @ weight - exact).norm()
 
 
+def test_autocast_does_not_reach_into_the_products(monkeypatch):
+    monkeypatch.setattr(dispatch, "FUSED_ROWS", 1)
+    trellis, x = packed(SPEC, 48, 64), x_rows(3, 64)
+    grads = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = dispatch.matvec(leaf, trellis, SPEC)
+            y.square().sum().backward()
+        grads.append((y.detach(), leaf.grad))
+    assert all(torch.equal(plain, under) for plain, under in zip(*grads, strict=True))
+
+
 def test_hadamard_gradient_is_the_transpose():
     leaf = torch.randn(2, 48, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: dispatch.hadamard(x, 48), leaf)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from nn.random_layers import HYB_1_5, LUT_2, MUL1_3_SHORT, ODD, ONE_MAD_2, random_layer
 
+from qtipcli.errors import QtipError
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
 from qtipcli.quant.transform import Transform
@@ -111,6 +112,97 @@ def test_gradients_reach_the_inputs_and_the_scales():
         layer.scale_out.grad.double(), by_output, rtol=2e-3, atol=2e-3
     )  # gradients are fp16, as the scales
     torch.testing.assert_close(layer.scale_in.grad.double(), by_input, rtol=2e-3, atol=2e-3)
+
+
+def dense_gradients(layer: TrellisLinear, x: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> dict:
+    """Gradients of x and of every parameter by autograd through dense matrices in `dtype`."""
+    layout = layer.layout
+    h_out, decoded, h_in = (matrix.to(dtype) for matrix in factors(layer))
+    leaves = {name: p.detach().to(dtype).requires_grad_() for name, p in layer.named_parameters() if p.is_floating_point()}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.numel()} | {"x": x.detach().to(dtype).requires_grad_()}
+    if layer.lut is not None:
+        # Each weight as plus or minus an entry of the table, looked up in `dtype`: the code's definition rounds to float32.
+        number = torch.arange(1, layer.lut.numel() + 1, dtype=torch.float32).reshape(layer.lut.shape)
+        states = packing.unpack(packing.tile_words(layer.trellis, layout.spec), layout.spec)
+        tiles = codes.values(states, layout.spec, number).reshape(len(states), -1)
+        signed = packing.matrix_from_tiles(tiles, layout.padded_out, layout.padded_in)
+        decoded = leaves["lut"].reshape(-1)[signed.abs().long() - 1] * signed.sign().to(dtype)
+    padded = torch.nn.functional.pad(leaves["x"] * leaves["scale_in"], (0, layout.padded_in - layout.in_features))
+    y = (padded @ h_in.T @ decoded.T @ h_out)[..., : layout.out_features] * leaves["scale_out"]
+    y = y + leaves["bias"] if "bias" in leaves else y
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream.to(dtype)), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 70])
+def test_gradients_of_every_parameter_are_the_dense_layers(layout, rows):
+    """No worse than twice plain torch in the same dtype, as for the outputs."""
+    layer = random_layer(layout)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, layout.in_features, generator=generator, requires_grad=True)
+    upstream = torch.randn(rows, layout.out_features, generator=generator)
+    leaves = {"x": x} | layer.unfreeze()
+    if layer.bias is not None:
+        leaves["bias"] = layer.bias.requires_grad_(True)
+    layer(x).backward(upstream)
+    exact = dense_gradients(layer, x, upstream, torch.float64)
+    plain = dense_gradients(layer, x, upstream, torch.float32)
+    assert set(exact) == set(leaves)
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == torch.float32
+        size = exact[name].square().mean().sqrt()
+        assert rms(leaf.grad - exact[name]) <= 2 * rms(plain[name] - exact[name]) + 1e-8 * size, name
+
+
+def test_gradients_of_what_is_stored_are_those_of_float32_copies_rounded_to_fp16():
+    x, upstream = torch.randn(4, 100), torch.randn(4, 37)
+    stored, master = random_layer(ODD), random_layer(ODD)
+    masters = master.unfreeze()
+    for name in masters:
+        getattr(stored, name).requires_grad_(True)
+    for layer in (stored, master):
+        layer(x).backward(upstream)
+    for name, parameter in masters.items():
+        assert getattr(stored, name).grad.dtype == torch.float16
+        assert torch.equal(getattr(stored, name).grad, parameter.grad.to(torch.float16))
+
+
+def test_unfrozen_parameters_are_trained_in_float32_and_frozen_as_they_are_stored():
+    layer = random_layer(ODD)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x, expected = torch.randn(4, 100), layer(torch.ones(1, 100))
+    masters = layer.unfreeze()
+    assert list(masters) == ["scale_in", "scale_out", "lut"]
+    assert {parameter.dtype for parameter in masters.values()} == {torch.float32}
+    assert torch.equal(layer(torch.ones(1, 100)), expected)
+    # Steps that fp16 would lose, one by one, and that casting the model must not round either.
+    optimizer = torch.optim.SGD(masters.values(), lr=1e-7)
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        optimizer.step()
+    moved = {name: parameter.detach().clone() for name, parameter in masters.items()}
+    layer.to(torch.bfloat16)
+    assert all(torch.equal(getattr(layer, name), parameter) for name, parameter in moved.items())
+    layer.freeze()
+    for name, stored in ODD.tensors().items():
+        assert DTYPE_NAMES[layer.state_dict()[name].dtype] in stored.dtypes
+    for name, parameter in moved.items():
+        assert not torch.equal(parameter, before[name].float())
+        assert torch.equal(getattr(layer, name), parameter.to(torch.float16))
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_a_computed_code_has_no_table_to_unfreeze_and_names_choose():
+    layer = random_layer(PackedLayout(64, 32, ONE_MAD_2))
+    assert list(layer.unfreeze()) == ["scale_in", "scale_out"]
+    assert list(random_layer(ODD).unfreeze(["lut"])) == ["lut"]
+
+
+def test_a_scale_that_fp16_does_not_hold_is_refused_by_name():
+    layer = random_layer(ODD)
+    layer.unfreeze()["scale_out"].data[3] = 1e6
+    with pytest.raises(QtipError, match="scale_out of a packed layer has values"):
+        layer.freeze()
 
 
 def test_nothing_asks_for_a_gradient_by_itself():

@@ -33,7 +33,7 @@ MIN_CHUNK = 16
 """Fewest tiles along the inputs that a program is given: below, its start costs more than its work."""
 
 PORTABLE_TILES, PORTABLE_WARPS = 2, 4
-"""Tiles that a program of the portable kernel takes side by side, and its warps: 64 sums a thread at sixteen rows, no spills."""
+"""Tiles that a program of the portable kernel takes side by side, and its warps: 64 sums a thread at sixteen rows."""
 
 
 @triton.jit

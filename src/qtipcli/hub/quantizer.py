@@ -16,14 +16,14 @@ from transformers.quantizers.auto import HfQuantizer
 from qtipcli.errors import QtipError
 from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.tensors import check_tensors
-from qtipcli.nn import swap
+from qtipcli.nn import fused, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class QtipHfQuantizer(HfQuantizer):
-    """Swaps packed linears in before the weights are loaded, and freezes them after."""
+    """Swaps packed linears in before the weights are loaded; after, freezes them and fuses those that share their input."""
 
     requires_calibration = True
     quantization_config: QtipConfig
@@ -45,6 +45,7 @@ class QtipHfQuantizer(HfQuantizer):
         # The loader makes every floating tensor it sets ask for a gradient.
         for layer in swap.packed_layers(model).values():
             layer.requires_grad_(False)
+        fused.fuse(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:

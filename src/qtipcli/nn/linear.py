@@ -5,14 +5,19 @@ Dimension key: I inputs, O outputs, both as the model sees them; padded, they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from qtipcli.errors import QtipError
 from qtipcli.nn.layout import PackedLayout
 from qtipcli_kernels import dispatch
+
+if TYPE_CHECKING:
+    from qtipcli.nn.fused import FusedGroup
 
 EXACT = ("scale_in", "scale_out", "lut")
 """Parameters that keep the numbers on disk whatever dtype the model is cast to."""
@@ -54,18 +59,14 @@ class TrellisLinear(nn.Module):
         self.lut = frozen(layout.lut_shape, torch.float16) if layout.lut_shape else None
         self.weight = frozen((0,), floating)
         self.bias = frozen((layout.out_features,), floating) if layout.bias else None
+        self.group: FusedGroup | None = None
+        self.slot = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: floating [..., I]. Returns [..., O] in x's dtype, computed in float32. Differentiable in x, scales and bias."""
-        layout = self.layout
-        scaled = x.to(torch.float32) * self.scale_in.to(torch.float32)
-        rotated = dispatch.hadamard(functional.pad(scaled, (0, layout.padded_in - layout.in_features)), layout.block_in)
-        product = dispatch.matvec(rotated, self.trellis, layout.spec, self.lut)
-        y = dispatch.hadamard(product, layout.block_out, transpose=True)[..., : layout.out_features]
-        y = y * self.scale_out.to(torch.float32)
-        if self.bias is not None:
-            y = y + self.bias.to(torch.float32)
-        return y.to(x.dtype)
+        """x: floating [..., I]. Returns [..., O] in x's dtype, computed in float32. Differentiable in x and all parameters."""
+        group = self.group
+        part = None if group is None else group.part(self, x)
+        return packed_linear(x, (self,), self.trellis)[0] if part is None else part
 
     @torch.no_grad()
     def weight_dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -76,12 +77,38 @@ class TrellisLinear(nn.Module):
         weight = dispatch.hadamard(weight.T.contiguous(), layout.block_out, transpose=True).T[: layout.out_features]
         return (self.scale_out.to(torch.float32)[:, None] * weight * self.scale_in.to(torch.float32)).to(dtype).contiguous()
 
+    def unfreeze(self, names: Iterable[str] = EXACT) -> dict[str, nn.Parameter]:
+        """Put float32 copies that ask for a gradient in the place of the named parameters, and return them, to be trained.
+
+        fp16 would lose small steps, and the sums that are the table's gradient can overflow it. Names that the layer has not
+        are left out. The layer cannot be saved as packed until `freeze`.
+        """
+        masters = {name: nn.Parameter(own.detach().float()) for name in names if (own := getattr(self, name)) is not None}
+        for name, master in masters.items():
+            setattr(self, name, master)
+        return masters
+
+    def freeze(self) -> None:
+        """Undo `unfreeze`: everything as it is stored, in fp16, and nothing asks for a gradient.
+
+        Raises QtipError naming the parameter where a value is out of fp16's range or not a number.
+        """
+        self.requires_grad_(False)
+        for name in EXACT:
+            own = getattr(self, name)
+            if own is not None and own.dtype != torch.float16:
+                stored = own.detach().to(torch.float16)
+                if not stored.isfinite().all():
+                    raise QtipError(f"{name} of a packed layer has values that fp16 does not hold", "train with a lower rate")
+                setattr(self, name, nn.Parameter(stored, requires_grad=False))
+
     def extra_repr(self) -> str:
         layout = self.layout
         return (
             f"in_features={layout.in_features}, out_features={layout.out_features}, bias={layout.bias}, "
             f"code={layout.spec.code}, bits={layout.spec.bits:g}, state_bits={layout.spec.state_bits}, "
             f"transform_in={layout.transform_in}, transform_out={layout.transform_out}"
+            + (f", fused with {len(self.group.layers) - 1}" if self.group else "")
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TrellisLinear:
@@ -96,4 +123,67 @@ class TrellisLinear(nn.Module):
                 return fn(tensor.view(INTEGER_OF_SIZE[tensor.element_size()])).view(tensor.dtype)
             return fn(tensor)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if self.group is not None:
+            self.group.relink()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # What is loaded need not be equal among the layers of a group.
+        if self.group is not None:
+            self.group.dissolve()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a layer by itself, without those that it is fused with and their part of the memory."""
+        state = self.__dict__ | {"group": None, "slot": 0}
+        if self.group is not None:
+            own = nn.Parameter(self.trellis.detach().clone(), requires_grad=False)
+            state["_parameters"] = self._parameters | {"trellis": own}
+        return state
+
+
+def packed_linear(x: torch.Tensor, layers: Sequence[TrellisLinear], trellis: torch.Tensor) -> list[torch.Tensor]:
+    """What each of `layers` makes of x: input side and product once for all, then each layer's output side.
+
+    The one place where packed layers compute, alone or fused. x: floating [..., I]. layers: equal in in_features, spec,
+    transform_in, scale_in and lut, which are read from the first. trellis: their packed matrices one below the other,
+    int32 [sum of O/16, I/16 * W]. Returns [..., O] for each, in x's dtype, computed in float32.
+    """
+    first = layers[0]
+    if dispatch.implementation(x.device) == dispatch.TRITON and not _gradients_wanted(x, layers):
+        return _on_gpu(x, layers, trellis)
+    product = dispatch.matvec(_input_side(x, first), trellis, first.layout.spec, first.lut)
+    parts = product.split([layer.layout.padded_out for layer in layers], dim=-1)
+    return [_output_side(part, layer).to(x.dtype) for part, layer in zip(parts, layers, strict=True)]
+
+
+def _gradients_wanted(x: torch.Tensor, layers: Sequence[TrellisLinear]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(own.requires_grad for layer in layers for own in layer.parameters())
+
+
+def _on_gpu(x: torch.Tensor, layers: Sequence[TrellisLinear], trellis: torch.Tensor) -> list[torch.Tensor]:
+    """`packed_linear` in three launches; the rotated x is rounded to fp16, whatever x is."""
+    first = layers[0]
+    layout = first.layout
+    outputs = [(each.layout.padded_out, each.layout.block_out, each.scale_out, each.bias) for each in layers]
+    floating = x if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x.to(torch.float32)
+    ys = dispatch.packed_linear(floating, first.scale_in, layout.block_in, trellis, layout.spec, first.lut, outputs)
+    return [y.to(x.dtype) for y in ys]
+
+
+def _input_side(x: torch.Tensor, layer: TrellisLinear) -> torch.Tensor:
+    """Scaled, padded and turned: [..., I] -> float32 [..., padded I]."""
+    layout = layer.layout
+    scaled = x.to(torch.float32) * layer.scale_in.to(torch.float32)
+    return dispatch.hadamard(functional.pad(scaled, (0, layout.padded_in - layout.in_features)), layout.block_in)
+
+
+def _output_side(product: torch.Tensor, layer: TrellisLinear) -> torch.Tensor:
+    """Turned back, cut and scaled, with the bias added: float32 [..., padded O] -> float32 [..., O]."""
+    layout = layer.layout
+    y = dispatch.hadamard(product, layout.block_out, transpose=True)[..., : layout.out_features]
+    y = y * layer.scale_out.to(torch.float32)
+    return y if layer.bias is None else y + layer.bias.to(torch.float32)

@@ -42,6 +42,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             )
     for name, layer in packed.items():
         model.set_submodule(name, _dense(layer, dtype))
+        # Fused layers hold each other; without this the packed weights would stay until Python looks for cycles.
+        if layer.group is not None:
+            layer.group.dissolve()
 
 
 def _checked_linear(model: nn.Module, name: str, layout: PackedLayout) -> nn.Linear:

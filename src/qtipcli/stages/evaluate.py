@@ -138,7 +138,8 @@ def run(
             _check_fits(candidate, windows)
             candidate.eval()
     measured: list[_Values] = []
-    with torch.inference_mode():
+    # Not inference_mode, whose tensors have no version by which layers that share an input could tell that x is unchanged.
+    with torch.no_grad():
         for number, row_T in enumerate(windows.tokens, start=1):
             logits_PV = _logits(model, row_T)
             base_PV = None if base_model is None else _logits(base_model, row_T).to(logits_PV.device)

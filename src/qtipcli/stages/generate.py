@@ -57,7 +57,7 @@ def run(
     if on_text:
         on_text(prompt)
     started = time.monotonic()
-    with torch.inference_mode():
+    with torch.no_grad():
         output = model.generate(
             **inputs, max_new_tokens=tokens, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling
         )
