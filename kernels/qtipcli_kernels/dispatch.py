@@ -4,6 +4,7 @@ The functions below are the package's public face. Each op has a fake implementa
 Dimension key: B rows of x, O outputs, I inputs, W words a tile.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import import_module
@@ -110,7 +111,16 @@ _MODULES = {NUMBA: "cpu", TRITON: "gpu", REFERENCE: "reference"}
 
 def _twin(operator: str, tensor: torch.Tensor) -> ModuleType:
     """The module that serves `operator` where `tensor` lies."""
-    return _module(f"{operator}.{_MODULES[implementation(tensor.device)]}")
+    chosen = implementation(tensor.device)
+    if chosen == REFERENCE:
+        _say_that_it_is_slow(tensor.device)
+    return _module(f"{operator}.{_MODULES[chosen]}")
+
+
+@cache
+def _say_that_it_is_slow(device: torch.device) -> None:
+    reason = devices.why_not(device)
+    warnings.warn(f"{device} is served by the torch reference, which is right but slow: {reason}", RuntimeWarning, stacklevel=2)
 
 
 @cache

@@ -30,6 +30,18 @@ def test_numba_serves_the_cpu_triton_the_gpus_it_runs_on_and_the_reference_the_r
     device._unfit_gpu.cache_clear()
 
 
+def test_what_the_reference_serves_is_said_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "implementation", lambda device: "reference")
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    trellis = packed(SPEC, 16, 32)
+    dispatch._say_that_it_is_slow.cache_clear()
+    with pytest.warns(RuntimeWarning, match="served by the torch reference, which is right but slow: Triton") as caught:
+        found = dispatch.decode(trellis, SPEC)
+        dispatch.decode(trellis, SPEC)
+    assert len(caught) == 1
+    assert torch.equal(found, decode_reference.decode(trellis, SPEC))
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_decode_is_the_references(spec):
     trellis, lut = packed(spec, *RAGGED), table(spec)

@@ -13,6 +13,7 @@ import torch
 
 import qtipcli
 from qtipcli_kernels import dispatch
+from qtipcli_kernels.device import why_not
 from qtipcli_kernels.spec import TrellisSpec
 from qtipcli_kernels.threads import thread_count
 
@@ -75,6 +76,19 @@ def _try_encode() -> tuple[str, bool]:
 def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return _row("GPU", "none seen by torch: everything runs on the CPU")
-    return _row(
-        "GPU", f"{torch.cuda.get_device_name()}: models run there through the slow torch reference, without GPU kernels yet"
-    )
+    name = torch.cuda.get_device_name()
+    reason = why_not("cuda")
+    if reason is not None:
+        return _row("GPU", f"{name}: models run there through the torch reference, right but slow: {reason}", False)
+    return _row("GPU", *_try_product(name))
+
+
+def _try_product(name: str) -> tuple[str, bool]:
+    """Compile and run a product on the GPU."""
+    spec = TrellisSpec("3inst", 2)
+    try:
+        trellis = torch.zeros(1, spec.words_per_tile, dtype=torch.int32, device="cuda")
+        dispatch.matvec(torch.ones(1, 16, dtype=torch.float16, device="cuda"), trellis, spec)
+    except Exception as error:
+        return f"{name}: its kernels failed: {error}", False
+    return f"{name}: Triton kernels compile and run", True
