@@ -1,9 +1,10 @@
 # Thin: each target is one or two lines. `make demo` and `make test` set up their own environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+REPORT ?= docs/benchmarks
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow check fix bench
+.PHONY: setup demo test test-slow test-gpu check fix bench
 
 setup: .venv/ready
 
@@ -23,6 +24,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a GPU, uninstalled: needs torch, triton, numba, pytest and transformers in PYTHON, nothing else and no network.
+test-gpu:
+	PYTHONPATH=src:kernels:tests$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu_report --out $(REPORT)
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -68,12 +68,12 @@ def round_group(
 ) -> dict[str, PackedMatrix]:
     """Round layers that see the same input; they share its signs, its transform and their scale_in.
 
-    weights: name -> [O, I], any float dtype. hessian_II: E[x x^T] of the shared input. specs: name -> trellis.
-    luts: name -> the code's table, None where it is computed.
-    Deterministic: the same arguments give the same bits, whatever was rounded before.
+    weights: name -> [O, I], any float dtype. hessian_II: E[x x^T] of the shared input, on the same device, where the work is
+    done. specs: name -> trellis. luts: name -> the code's table, None where it is computed.
+    Deterministic: the same arguments give the same bits, whatever was rounded before. What is packed is on the CPU.
     """
     names = list(weights)
-    signs_I = random_signs(hessian_II.shape[0], settings.seed, f"{names[0]}.in")
+    signs_I = random_signs(hessian_II.shape[0], settings.seed, f"{names[0]}.in").to(hessian_II.device)
     damped = damp(hessian_II, settings.damping)
     # Adding a multiple of the identity commutes with the orthonormal turn; the factor does not, and is taken in the new basis.
     turned = damp(rotate_hessian(damped.hessian_II, signs_I, settings.transform), 0.0)
@@ -88,7 +88,7 @@ def round_group(
     if settings.refit:
         rows, columns = refit_scales(stacked_weight, stacked_rounded, metric_II)
     else:
-        rows, columns = torch.ones(len(stacked_weight)), torch.ones(len(signs_I))
+        rows, columns = stacked_weight.new_ones(len(stacked_weight)), stacked_weight.new_ones(len(signs_I))
     row_parts = rows.split([len(layer.weight_OI) for layer in layers.values()])
     shift = _shift([layer.step_size for layer in layers.values()])
     return {
@@ -126,13 +126,13 @@ def _round(
     basis: _Basis,
     settings: RoundingSettings,
 ) -> _RoundedLayer:
-    signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out")
+    signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out").to(weight_OI.device)
     turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform)
     weight_rms = rms(turned_PJ)
     scale = settings.scale if settings.scale is not None else source_scale(spec)
     if settings.search and settings.scale is None and weight_rms > 0:
         scale = search_scale(turned_PJ, basis.lower_JJ, basis.hessian_JJ, spec, lut)
-    table_SV = tabulate(spec, lut)
+    table_SV = tabulate(spec, lut).to(weight_OI.device)
     # A matrix of zeros gets step size 0, which makes its scale_out 0, whatever walk is stored.
     step_size = weight_rms / (scale * rms(table_SV))
     states, rounded_PJ = round_ldlq(turned_PJ / (step_size or 1.0), basis.lower_JJ, tile_rounder(spec, table_SV, settings.fast))
@@ -158,8 +158,8 @@ def _store(
     stored_OI = stored_rows[:, None] * layer.decoded_OI * stored_columns
     return PackedMatrix(
         trellis=layer.trellis,
-        scale_in=scale_in,
-        scale_out=scale_out,
+        scale_in=scale_in.cpu(),
+        scale_out=scale_out.cpu(),
         relative_proxy_loss=relative_proxy_loss(layer.weight_OI, stored_OI, metric_II),
         unrefitted_loss=relative_proxy_loss(layer.weight_OI, layer.decoded_OI, metric_II),
         scale=layer.scale,

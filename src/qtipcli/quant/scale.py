@@ -78,7 +78,7 @@ def search_scale(
     """
     small = replace(spec, state_bits=max(spec.bits_per_step, min(spec.state_bits, SEARCH_STATE_BITS)))
     # The `lut` code's table belongs to one L; the smaller trellis takes the default one of its own.
-    table_SV = tabulate(small, lut if lut is not None and tuple(lut.shape) == lut_shape(small) else None)
+    table_SV = tabulate(small, lut if lut is not None and tuple(lut.shape) == lut_shape(small) else None).to(weight_PJ.device)
     sample_PJ = _spread_rows(weight_PJ)
     round_tiles, code_rms, weight_rms = tile_rounder(small, table_SV), rms(table_SV), rms(weight_PJ)
     ratios = [factor * source_scale(spec) for factor in SEARCH_FACTORS]

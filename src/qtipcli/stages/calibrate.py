@@ -23,6 +23,7 @@ from qtipcli.model.inputs import BlockInput, capture_first_inputs, run_block
 from qtipcli.model.linears import HessianRecorder, input_groups
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
+from qtipcli.stages.load import default_device
 from qtipcli.stages.progress import Silent, Watcher
 
 STAGE = "calibrate"
@@ -108,7 +109,7 @@ def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
 
 
 def _record_blocks(source: ModelSource, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher) -> None:
-    skeleton = Skeleton(source)
+    skeleton = Skeleton(source, device=default_device())
     for note in skeleton.notes:
         watcher.note(note)
     missing = [index for index in range(len(skeleton.blocks)) if not job.done(block_key(index))]

@@ -1,20 +1,21 @@
 """Owns the quantize stage: every linear of every decoder block rounded to its trellis, one shard a block.
 
 A shard holds, for each layer, `<name>.trellis`, `<name>.scale_in`, `<name>.scale_out` (docs/format.md). With a quantized
-prefix the stage makes its own Hessians, block by block; otherwise it reads those of the calibrate stage.
+prefix the stage makes its own Hessians, block by block; otherwise it reads those of the calibrate stage. With block tuning
+each block is tuned before the next is rounded, and its shard also holds the norms and biases that were trained.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qtipcli.config import QuantizeSettings
+from qtipcli.config import BlockTuning, QuantizeSettings
 from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
@@ -29,11 +30,16 @@ from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import calibrate
 from qtipcli.stages.calibrate import block_key
+from qtipcli.stages.load import default_device
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
 from qtipcli_kernels.spec import TrellisSpec
 
 STAGE = "quantize"
+
+MOST_HELDOUT = 64
+"""Calibration windows that block tuning never trains on, at most; a fifth where there are few."""
 
 LARGEST_UNSUPPORTED_SHARE = 0.1
 """Share of the blocks' weights that may stay as it is without being asked for: routers and short convolutions, not experts."""
@@ -63,6 +69,8 @@ def run(
         "versions": fingerprint_versions(),
     }
     frozen = settings.model_dump()
+    if settings.tune_blocks is None:
+        del frozen["tune_blocks"]  # jobs that were started before there was tuning go on
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         stage = _Quantizer(source, settings, calibration, job, watcher)
         stage.run()
@@ -75,7 +83,7 @@ class _Quantizer:
     def __init__(
         self, source: ModelSource, settings: QuantizeSettings, calibration: RunDirectory, job: RunDirectory, watcher: Watcher
     ) -> None:
-        self.skeleton = Skeleton(source)
+        self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
         self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
         for note in self.skeleton.notes:
@@ -87,6 +95,9 @@ class _Quantizer:
         blocks = range(len(self.skeleton.blocks))
         missing = [index for index in blocks if not self.job.done(block_key(index))]
         self.watcher.begin("quantize", len(blocks), len(blocks) - len(missing))
+        if missing and self.settings.tune_blocks is not None:
+            self._run_tuned(missing, self.settings.tune_blocks)
+            return
         batches: list[BlockInput] = []
         if missing and self.settings.quantized_prefix:
             tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
@@ -95,13 +106,41 @@ class _Quantizer:
         for index in blocks:
             checkpoint()
             if index in missing:
-                self._round_block(index, batches)
+                self.job.commit(block_key(index), *self._round_block(index, batches))
                 self.watcher.advance(self.skeleton.blocks[index][0])
             if missing and self.settings.quantized_prefix and index < missing[-1]:
                 self._forward_quantized(index, batches)
             self.skeleton.release(index)
 
-    def _round_block(self, index: int, batches: list[BlockInput]) -> None:
+    def _run_tuned(self, missing: list[int], settings: BlockTuning) -> None:
+        """Round a block, tune it, and round the next one behind it."""
+        tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
+        heldout = max(1, min(MOST_HELDOUT, len(tokens) // 5))
+        tuner = BlockTuner(self.skeleton, tokens, heldout, settings, self.job.path, self.watcher)
+        try:
+            for index in range(missing[-1] + 1):
+                checkpoint()
+                if index not in missing:
+                    stored, tuned = self.job.read(block_key(index)), self.job.report(block_key(index))["tuned"]
+                    tuner.skip(index, self._stored_layers(index, stored), {name: stored[name] for name in tuned})
+                    continue
+                tensors, report = self._round_block(index, tuner.inputs() if self.settings.quantized_prefix else ())
+                prefix, block = self.skeleton.blocks[index]
+                vectors = [f"{prefix}.{name}" for name, parameter in block.named_parameters() if parameter.ndim == 1]
+                dtypes = {name: self.skeleton.read(name).dtype for name in vectors if self.skeleton.holds(name)}
+                layers = _packed_layers(report["layers"], tensors)
+                tuned, tuning = tuner.tune(index, layers, {}, dtypes)
+                report |= {"tuned": sorted(tuned.keys() & dtypes.keys()), "tuning": tuning}
+                self.job.commit(block_key(index), tensors | tuned, report)
+                self.watcher.advance(prefix)
+        finally:
+            tuner.close()
+
+    def _stored_layers(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, TrellisLinear]:
+        return _packed_layers(self.job.report(block_key(index))["layers"], tensors)
+
+    def _round_block(self, index: int, batches: Iterable[BlockInput]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(what the shard holds, its report). batches: the quantized prefix's output, where Hessians are made from it."""
         prefix = self.skeleton.blocks[index][0]
         linears = {f"{prefix}.{name}": linear for name, linear in find_linears(self.skeleton.materialize(index)).items()}
         tensors: dict[str, torch.Tensor] = {}
@@ -122,16 +161,16 @@ class _Quantizer:
                 tensors |= {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
                 layers[name] = self._report(name, matrix, linears[name])
                 self._announce(name, layers[name], seconds)
-        self.job.commit(block_key(index), tensors, {"layers": layers, "left": left})
+        return tensors, {"layers": layers, "left": left}
 
-    def _hessians(self, index: int, batches: list[BlockInput]) -> Iterator[tuple[list[str], int, torch.Tensor]]:
+    def _hessians(self, index: int, batches: Iterable[BlockInput]) -> Iterator[tuple[list[str], int, torch.Tensor]]:
         """(full names of a group, tokens, Hessian float32 [I, I]) for each group of block `index`."""
         groups = self.calibration.report(block_key(index))["groups"]
         if not self.settings.quantized_prefix:
             self.calibration.verify(block_key(index))
             with self.calibration.open_shard(block_key(index)) as shard:
                 for group in groups:
-                    yield group["names"], group["tokens"], shard.get_tensor(group["names"][0])
+                    yield group["names"], group["tokens"], shard.get_tensor(group["names"][0]).to(self.skeleton.device)
             return
         prefix, block = self.skeleton.blocks[index]
         linears = find_linears(block)
@@ -213,13 +252,8 @@ class _Quantizer:
         """Take the batches through block `index` as it was stored."""
         block = self.skeleton.materialize(index)
         prefix = self.skeleton.blocks[index][0]
-        tensors = self.job.read(block_key(index))
-        for name, report in self.job.report(block_key(index))["layers"].items():
-            layer = TrellisLinear(layout_of(report), device="cpu")
-            for part in ("trellis", "scale_in", "scale_out", "lut"):
-                if f"{name}.{part}" in tensors:
-                    getattr(layer, part).data = tensors[f"{name}.{part}"]
-            block.get_submodule(name.removeprefix(f"{prefix}.")).weight.data = layer.weight_dense()
+        for name, layer in self._stored_layers(index, self.job.read(block_key(index))).items():
+            block.get_submodule(name.removeprefix(f"{prefix}.")).weight.data = layer.to(self.skeleton.device).weight_dense()
         calibrate.forward(self.skeleton, index, batches)
 
     def _refuse_unused_patterns(self) -> None:
@@ -227,6 +261,17 @@ class _Quantizer:
         for pattern in (*self.settings.skip, *self.settings.layers):
             if not fnmatch.filter(names, pattern):
                 raise SettingsError(f"no layer is called {pattern!r}", f"names look like {names[0]}; * stands for anything")
+
+
+def _packed_layers(reports: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> dict[str, TrellisLinear]:
+    """Full name -> layer, from what the ledger and the shard keep of them; biases are the model's own."""
+    parts = ("trellis", "scale_in", "scale_out", "lut")
+    return {
+        name: packed_layer(
+            layout_of(report), {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors}
+        )
+        for name, report in reports.items()
+    }
 
 
 def layout_of(report: Mapping[str, Any]) -> PackedLayout:
