@@ -63,7 +63,9 @@ def test_a_write_that_fails_half_way_leaves_nothing_and_the_job_goes_on_in_the_s
         with open_run(tmp_path) as run:
             run.commit(KEYS[0], {"x": torch.ones(10)})
             before = snapshot(tmp_path)
-            with pytest.raises(StorageError, match=r"block-00001\.safetensors: larger than the file system or ulimit -f allows"):
+            with pytest.raises(
+                StorageError, match=r"block-00001\.safetensors: larger than the file system or ulimit -f allows"
+            ):
                 run.commit(KEYS[1], {"x": torch.ones(2000)})
             assert snapshot(tmp_path) == before
             assert run.keys() == [KEYS[0]]

@@ -93,7 +93,7 @@ def test_rows_larger_than_fp16_and_rows_of_nothing(device):
     (plain,) = layer.packed_linear(x.to(device), scale_in, 64, trellis, spec, None, outputs)
     # Powers of two change no digit.
     assert torch.equal(y.cpu(), plain.cpu() * scales)
-    # Nor do many rows overflow, which a library multiplies in fp16: inputs that all add up in every output, the worst there are.
+    # Nor do many rows overflow, which a library multiplies in fp16: inputs that all add up in an output, the worst there are.
     weight = decode_reference.decode(trellis.cpu(), spec)
     worst = hadamard_reference.hadamard(weight.sign()[:1], 64, transpose=True) * 2.0**27
     (y,) = layer.packed_linear(worst.repeat(layer.FUSED_ROWS + 1, 1).to(device), scale_in, 64, trellis, spec, None, outputs)
