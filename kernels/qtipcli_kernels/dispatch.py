@@ -6,6 +6,7 @@ Dimension key: B rows of x, O outputs, I inputs, W words a tile.
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -123,6 +124,11 @@ def _say_that_it_is_slow(device: torch.device) -> None:
     warnings.warn(f"{device} is served by the torch reference, which is right but slow: {reason}", RuntimeWarning, stacklevel=2)
 
 
+def _beside(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's where there are several."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 @cache
 def _module(name: str) -> ModuleType:
     # Not at import: Triton is absent where there is no GPU, Numba may be where there is one, and both are slow to load.
@@ -156,7 +162,8 @@ def _define(name: str, arguments: str):
 @_define("encode", f"Tensor tiles, Tensor table, {SPEC_SCHEMA}, bool fast")
 def _encode(tiles, table, code, bits_per_step, state_bits, weights_per_step, fast):
     spec = TrellisSpec(code, bits_per_step, state_bits, weights_per_step)
-    return _twin("viterbi", tiles).encode(tiles, spec, table, fast)
+    with _beside(tiles):
+        return _twin("viterbi", tiles).encode(tiles, spec, table, fast)
 
 
 @_encode.register_fake
@@ -166,7 +173,8 @@ def _(tiles, table, code, bits_per_step, state_bits, weights_per_step, fast):
 
 @_define("decode", f"Tensor trellis, Tensor? lut, {SPEC_SCHEMA}")
 def _decode(trellis, lut, *fields):
-    return _twin("decode", trellis).decode(trellis.contiguous(), TrellisSpec(*fields), lut)
+    with _beside(trellis):
+        return _twin("decode", trellis).decode(trellis.contiguous(), TrellisSpec(*fields), lut)
 
 
 @_decode.register_fake
@@ -181,9 +189,10 @@ def _matvec(x, trellis, lut, *fields):
     if x.is_cpu and len(x) <= FUSED_ROWS:
         return _twin("matvec", x).matvec(x.detach().contiguous(), trellis, spec, lut)
     if not x.is_cpu and implementation(x.device) == TRITON:
-        return _module("layer").products(x.detach(), trellis, spec, lut).sum(0)
+        with _beside(x):
+            return _module("layer").products(x.detach(), trellis, spec, lut).sum(0)
     product_BO = x.new_empty(len(x), len(trellis) * TILE)
-    with _as_given(x):
+    with _as_given(x), _beside(x):
         for outputs, weight_OI in _strips(trellis, spec, lut):
             product_BO[:, outputs] = x @ weight_OI.T
     return product_BO
@@ -199,7 +208,7 @@ def _matvec_grad(grad, trellis, lut, *fields):
     """The gradient of `matvec` with respect to x: grad W, float32 [B, O] -> [B, I]."""
     spec = TrellisSpec(*fields)
     grad_x_BI = grad.new_zeros(len(grad), trellis.shape[1] // spec.words_per_tile * TILE)
-    with _as_given(grad):
+    with _as_given(grad), _beside(grad):
         for outputs, weight_OI in _strips(trellis.contiguous(), spec, lut):
             grad_x_BI.addmm_(grad[:, outputs], weight_OI)
     return grad_x_BI
@@ -301,7 +310,8 @@ _LAYERS = "int[] padded, int[] blocks, Tensor[] scales, Tensor?[] biases"
 def _packed_linear(x, scale_in, block_in, trellis, lut, padded, blocks, scales, biases, *fields):
     layer = _module("layer")
     outputs = [layer.OutputSide(*each) for each in zip(padded, blocks, scales, biases, strict=True)]
-    return layer.packed_linear(x, scale_in, block_in, trellis, TrellisSpec(*fields), lut, outputs)
+    with _beside(x):
+        return layer.packed_linear(x, scale_in, block_in, trellis, TrellisSpec(*fields), lut, outputs)
 
 
 @_packed_linear.register_fake
@@ -312,7 +322,8 @@ def _(x, scale_in, block_in, trellis, lut, padded, blocks, scales, biases, *fiel
 @_define("hadamard", "Tensor x, int block, bool transpose")
 def _hadamard(x, block, transpose):
     chosen = _module("hadamard.reference") if x.dtype == torch.float64 and not x.is_cpu else _twin("hadamard", x)
-    out = chosen.hadamard(x, block, transpose)
+    with _beside(x):
+        out = chosen.hadamard(x, block, transpose)
     # A custom op may not return its input, which a transform of width one would.
     return out.clone() if out.data_ptr() == x.data_ptr() else out
 
