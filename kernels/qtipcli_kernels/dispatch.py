@@ -321,7 +321,7 @@ def _(x, scale_in, block_in, trellis, lut, padded, blocks, scales, biases, *fiel
 
 @_define("hadamard", "Tensor x, int block, bool transpose")
 def _hadamard(x, block, transpose):
-    chosen = _module("hadamard.reference") if x.dtype == torch.float64 and not x.is_cpu else _twin("hadamard", x)
+    chosen = _module("hadamard.factored") if x.dtype == torch.float64 and not x.is_cpu else _twin("hadamard", x)
     with _beside(x):
         out = chosen.hadamard(x, block, transpose)
     # A custom op may not return its input, which a transform of width one would.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qtipcli_kernels.hadamard import cpu, reference
+from qtipcli_kernels.hadamard import cpu, factored, reference
 from qtipcli_kernels.hadamard.factor import factor, hartley, jacobsthal, sylvester
 from qtipcli_kernels.spec import SpecError
 
@@ -130,3 +130,12 @@ def test_the_input_is_left_as_it_was():
 def test_blocks_that_do_not_fit_are_refused():
     with pytest.raises(SpecError, match="blocks of 128"):
         cpu.hadamard(torch.zeros(2, 100), 128)
+
+
+@pytest.mark.parametrize("block", [1, 2, 16, 12, 48, 176, 96])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_by_factors_in_float64_is_the_definition(block, transpose):
+    """Tolerance: sums of `block` float64 terms in another order."""
+    x = torch.randn(3, 2 * block, dtype=torch.float64, generator=torch.Generator().manual_seed(block))
+    found = factored.hadamard(x, block, transpose)
+    torch.testing.assert_close(found, reference.hadamard(x, block, transpose), rtol=0, atol=1e-13)
