@@ -58,7 +58,7 @@ def test_a_full_disk_ends_in_words_and_the_job_goes_on_when_there_is_space(tmp_p
 
 def test_a_write_that_fails_half_way_leaves_nothing_and_the_job_goes_on_in_the_same_process(tmp_path: Path) -> None:
     def work() -> None:
-        # The kernel refuses, in the middle of the write, any file of more than 4000 bytes: also pytest's log, so not in its process.
+        # The kernel refuses, half-way, a write beyond 4000 bytes of any file, pytest's log too: so not in its process.
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         with open_run(tmp_path) as run:
             run.commit(KEYS[0], {"x": torch.ones(10)})
