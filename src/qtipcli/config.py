@@ -36,6 +36,61 @@ class CalibrationSettings(_Strict):
     seed: int = Field(0, ge=0)
 
 
+class TuningSettings(_Strict):
+    """How scales, norms, biases and tables are trained; the walks never change.
+
+    learning_rate: of scale_in and scale_out, norm_rate: of norms and biases, lut_rate: of the codes' tables; each a share of
+    the parameter's own mean magnitude in one step of Adam, falling to nothing along a cosine. 0 leaves those as they are.
+    epochs: passes over the training windows. batch: windows in a step. seed: of the order of the batches.
+    """
+
+    learning_rate: float = Field(2e-2, ge=0, lt=1)
+    norm_rate: float = Field(2e-3, ge=0, lt=1)
+    lut_rate: float = Field(2e-3, ge=0, lt=1)
+    epochs: int = Field(2, ge=1)
+    batch: int = Field(4, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class BlockTuning(TuningSettings):
+    """Block after block: the quantized block, behind the quantized prefix, is taught the original block's output."""
+
+
+class EndTuning(TuningSettings):
+    """End to end: the quantized model is taught the original's predictions, KL(original || quantized).
+
+    head_rate: learning rate of the head, and of the embedding that it is tied to, again relative to its size.
+    autocast: bfloat16 products. gradient_checkpointing: keep only what enters each block, and compute the rest twice.
+    checkpoint_every, judge_every: steps between saved states, and between measurements on the held-out windows; 0 is once
+    an epoch.
+    """
+
+    learning_rate: float = Field(1e-2, ge=0, lt=1)
+    epochs: int = Field(1, ge=1)
+    head_rate: float = Field(0.0, ge=0, lt=1)
+    autocast: bool = False
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(50, ge=1)
+    judge_every: int = Field(0, ge=0)
+
+
+class FinetuneSettings(_Strict):
+    """What `qtip finetune` does, and the text that it does it on.
+
+    blocks, end_to_end: None leaves that kind out. data, context, seed: as of CalibrationSettings.
+    samples: training windows; more are better and slower. heldout: windows that are never trained on and
+    decide which state is kept.
+    """
+
+    data: str | None = None
+    samples: int = Field(1536, ge=1)
+    heldout: int = Field(64, ge=1)
+    context: int | None = Field(None, ge=2)
+    seed: int = Field(0, ge=0)
+    blocks: BlockTuning | None = None
+    end_to_end: EndTuning | None = None
+
+
 class LayerSettings(_Strict):
     """What one layer is given instead of the job's own: a field left out is the job's."""
 
@@ -51,6 +106,7 @@ class QuantizeSettings(_Strict):
     refit: closed-form row and column scales after rounding. scale: rms of the weights over rms of the code, None for the
     table's. search: refine that ratio for each matrix. fast: the encoder's shorter first pass.
     quantized_prefix: calibrate each block on what the blocks before it give once quantized.
+    tune_blocks: tune each block as soon as it is rounded, on the calibration windows; the next block sees the tuned one.
     seed: of the random signs. skip: patterns of layers left as they are. layers: pattern -> other settings, first match wins.
     Patterns are those of the shell (fnmatch), on full names such as "model.layers.0.self_attn.v_proj".
     """
@@ -65,6 +121,7 @@ class QuantizeSettings(_Strict):
     search: bool = True
     fast: bool = False
     quantized_prefix: bool = False
+    tune_blocks: BlockTuning | None = None
     seed: int = Field(0, ge=0)
     skip: tuple[str, ...] = ()
     layers: dict[str, LayerSettings] = {}
@@ -101,6 +158,7 @@ class Preset(_Strict):
     description: str
     calibrate: CalibrationSettings = CalibrationSettings()
     quantize: QuantizeSettings = QuantizeSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
 
 
 def settings_from(kind: type[Settings], values: dict[str, Any]) -> Settings:

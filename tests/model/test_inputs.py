@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtipcli.errors import QtipError
-from qtipcli.model.inputs import BlockInput, capture_first_inputs, run_block
+from qtipcli.model.inputs import AfterBlocks, BlockInput, capture_first_inputs, run_block, through_block
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 
@@ -53,6 +53,32 @@ def test_streamed_hidden_states_are_bitwise_those_of_the_model(checkpoint: Check
         one_input.hidden = run_block(skeleton, index, one_input)
         skeleton.release(index)
         assert torch.equal(one_input.hidden, expected[index + 1]), f"block {index}"  # the same operations in the same order
+
+
+@pytest.mark.parametrize("label", CONFIGS)
+def test_norm_and_head_behind_the_last_block_give_the_models_logits(checkpoint: Checkpoint, label: str) -> None:
+    """gpt2's and llama's heads are tied to the embedding; the others have one of their own."""
+    rows = token_rows()
+    skeleton = Skeleton(ModelSource.open(checkpoint(label)))
+    skeleton.materialize_outer(head=True)
+    last = plain_hidden_states(checkpoint(label), rows)[-1]
+    with torch.no_grad():
+        expected = plain_model(checkpoint(label))(input_ids=rows, use_cache=False).logits
+    assert torch.equal(AfterBlocks(skeleton, rows[:1]).logits(rows, last), expected)
+    skeleton.release_outer()
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    assert skeleton.model.get_output_embeddings().weight.is_meta
+
+
+def test_gradients_flow_through_a_block(checkpoint: Checkpoint) -> None:
+    skeleton = Skeleton(ModelSource.open(checkpoint("llama")))
+    (one_input,) = capture_first_inputs(skeleton, token_rows())
+    skeleton.materialize(0)
+    hidden = one_input.hidden.clone().requires_grad_(True)
+    after = through_block(skeleton, 0, hidden, one_input.calls[0])
+    assert torch.equal(after, run_block(skeleton, 0, one_input))
+    after.sum().backward()
+    assert hidden.grad.abs().sum() > 0
 
 
 def test_batches_hold_all_rows_in_order(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,6 @@
-"""Kills a quantize job with SIGKILL at random moments, gives the same command again, and compares every file of the result.
+"""Kills a quantize or finetune job with SIGKILL at random moments, gives the same command again, and compares the results.
 
-    PYTHONPATH=src:kernels:tests python -m stages.kills --kills 100
+    PYTHONPATH=src:kernels:tests python -m stages.kills --kills 100 [--what finetune]
 
 Each time a job of the tiny model is started anew, killed after a delay drawn uniformly from the duration of a whole run, and
 given again until it finishes. With --warm the commands run in forks of a process that has imported everything: an import is
@@ -65,16 +65,29 @@ def stage_reached(where: Path) -> str:
         return "packed"
     if (where / "out.partial").exists():
         return "packing"
-    if (where / "out.job").exists():
-        return "quantizing"
+    for folder, what in (("out.end.job", "tuning end to end"), ("out.blocks.job", "tuning blocks"), ("out.job", "quantizing")):
+        if (where / folder).exists():
+            return what
     return "calibrating" if (where / "hessians").exists() else "starting"
 
 
-def run(kills: int, start: Start, folder: Path, seed: int = 0) -> dict[str, object]:
-    """Kill `kills` jobs; see the head of this file."""
+def command(what: str, start: Start, folder: Path) -> list[str]:
+    """The arguments of the job that is killed, after what it needs was made in `folder`."""
     model, text = save_model("llama", folder / "model", max_shard_size="300KB"), save_text(folder / "text.txt")
     options = ["--data", str(text), "--out", "out", "--hessians", "hessians"]
-    arguments = ["quantize", str(model), *FAST_OPTIONS, *options]
+    quantize = ["quantize", str(model), *FAST_OPTIONS, *options]
+    if what == "quantize":
+        return quantize
+    (folder / "packed").mkdir()
+    if exit_status(start(quantize, folder / "packed")):
+        raise SystemExit("the model to be tuned could not be quantized")
+    tune = ["--blocks", "--end-to-end", "--samples", "16", "--heldout", "4", "--batch", "2", "--checkpoint-every", "2"]
+    return ["finetune", str(folder / "packed" / "out"), "--data", str(text), "--context", "32", *tune, "--out", "out"]
+
+
+def run(kills: int, start: Start, folder: Path, seed: int = 0, what: str = "quantize") -> dict[str, object]:
+    """Kill `kills` jobs; see the head of this file."""
+    arguments = command(what, start, folder)
     # The first run also compiles: the duration is that of a second one.
     for name in ("first", "oracle"):
         (folder / name).mkdir()
@@ -97,7 +110,7 @@ def run(kills: int, start: Start, folder: Path, seed: int = 0) -> dict[str, obje
             reached[stage_reached(where)] += 1
             status = exit_status(start(arguments, where))
         same = status == 0 and snapshot(where / "out") == oracle
-        leftovers = {file.name for file in where.iterdir()} - {"out", "out.job", "hessians"}
+        leftovers = {file.name for file in where.iterdir()} - {"out", "out.job", "out.blocks.job", "out.end.job", "hessians"}
         if not same or leftovers:
             differing += 1
             shutil.copytree(where, folder / f"differs-{differing}", dirs_exist_ok=True)
@@ -110,11 +123,13 @@ def _main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--what", choices=("quantize", "finetune"), default="quantize")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if asked.warm:
             warm_up(Path(folder) / "warm")
-        print(json.dumps(run(asked.kills, start_fork if asked.warm else start_process, Path(folder), asked.seed)))
+        start = start_fork if asked.warm else start_process
+        print(json.dumps(run(asked.kills, start, Path(folder), asked.seed, asked.what)))
 
 
 def warm_up(folder: Path) -> None:
@@ -133,6 +148,9 @@ def warm_up(folder: Path) -> None:
         sys.stdout, sys.stderr, kept = silence, silence, (sys.stdout, sys.stderr)
         try:
             _run(["quantize", str(model), *FAST_OPTIONS, *where])
+            # Imports what tuning imports.
+            _run(["finetune", str(folder / "out"), "--data", str(text), "--context", "32", "--samples", "4", "--heldout", "1",
+                  "--blocks", "--end-to-end", "--out", str(folder / "tuned")])  # fmt: skip
         finally:
             sys.stdout, sys.stderr = kept
     numba.config.NUMBA_NUM_THREADS = threads

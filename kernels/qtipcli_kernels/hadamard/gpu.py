@@ -196,7 +196,7 @@ def plan(block: int, blocks: int, few_rows: bool) -> Plan:
     rows = max(1, 64 // kept)
     warps = _warps(tile * kept * rows, 32)
     # 128 registers let two programs of eight warps share a processor.
-    return Plan(order, power // kept, kept, tile, 16 if tile == 32 else 32, rows, warps, 128 if warps == 8 else 0)
+    return Plan(order, power // kept, kept, tile, 32 if tile == 64 else 16, rows, warps, 128 if warps == 8 else 0)
 
 
 def _warps(values: int, values_per_thread: int) -> int:

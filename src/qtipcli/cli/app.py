@@ -11,7 +11,8 @@ from typer.core import TyperGroup
 from qtipcli.cli import options
 from qtipcli.cli.bench import bench_app
 from qtipcli.cli.display import Display, print_json, print_table
-from qtipcli.config import CalibrationSettings, settings_from
+from qtipcli.cli.finetune import finetune
+from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
 
 
 class _Group(TyperGroup):
@@ -92,6 +93,7 @@ def quantize(
     quantized_prefix: Annotated[
         bool | None, typer.Option("--quantized-prefix/--original-prefix", help="Calibrate on already quantized blocks.")
     ] = None,
+    tune_blocks: Annotated[bool, typer.Option("--tune-blocks", help="Tune each block once it is rounded.")] = False,
     fast: Annotated[
         bool | None, typer.Option("--fast/--exact", help="Let the first encoder pass see half the ring only.")
     ] = None,
@@ -106,6 +108,7 @@ def quantize(
     settings = options.quantize_settings(
         chosen, layer or [], bits=bits, code=code, state_bits=state_bits, transform=transform, damping=damping, refit=refit,
         scale=scale, search=search, fast=fast, quantized_prefix=quantized_prefix, seed=seed, skip=skip,
+        tune_blocks=(chosen.quantize.tune_blocks or BlockTuning()).model_dump() if tune_blocks else None,
     )  # fmt: skip
     calibration = chosen.calibrate.model_dump(exclude_defaults=True) | options.given(
         data=data, samples=samples, context=context, seed=seed
@@ -140,6 +143,9 @@ def pack_command(
     with Display() as display:
         pack.run(source, job, out, force, max_shard_size, display)
     _summarize(out, as_json)
+
+
+app.command("finetune")(finetune)
 
 
 @app.command("eval")

@@ -110,9 +110,13 @@ def run_block(skeleton: Skeleton, index: int, one_input: BlockInput) -> Tensor:
         Hidden states of the same shape, on the same device as `one_input.hidden`.
     """
     hidden = one_input.hidden.to(skeleton.device, copy=True)  # a block may write to what it gets
-    output = _call_block(skeleton.blocks[index][1], hidden, one_input.calls[index])
-    after = output[0] if isinstance(output, tuple) else output
-    return after.to(one_input.hidden.device)
+    return through_block(skeleton, index, hidden, one_input.calls[index]).to(one_input.hidden.device)
+
+
+def through_block(skeleton: Skeleton, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+    """As `run_block`, with gradients, on the skeleton's device; the block may write to `hidden`."""
+    output = _call_block(skeleton.blocks[index][1], hidden, call)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:
@@ -129,6 +133,36 @@ class _BlockReturns:
 
     def wrap(self, hidden: Tensor) -> Tensor | tuple[Any, ...]:
         return hidden if self.rest is None else (hidden, *self.rest)
+
+
+class AfterBlocks:
+    """The model behind its last block: final norm and head, whatever the architecture puts there.
+
+    The model itself is run, with blocks that pass on what they are given but for the last, which returns the hidden states that
+    are asked about. Everything outside the blocks must be in memory, the head too (`Skeleton.materialize_outer(head=True)`).
+    """
+
+    def __init__(self, skeleton: Skeleton, row: Tensor) -> None:
+        """row: int64 [1, context], any tokens: the first block is run once on a few to learn how blocks return."""
+        self._skeleton = skeleton
+        self._returns = _learn_returns(skeleton, row[:, :_PROBE_TOKENS])
+
+    @torch.no_grad()
+    def logits(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """[rows, context, vocabulary] for token ids int64 [rows, context] and what the last block returns for them."""
+        blocks = [block for _, block in self._skeleton.blocks]
+        try:
+            for block in blocks:
+                block.forward = self._pass_on
+            blocks[-1].forward = lambda *args, **kwargs: self._returns.wrap(hidden.to(self._skeleton.device, copy=True))
+            return self._skeleton.model(input_ids=rows.to(self._skeleton.device), use_cache=False).logits
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        block = self._skeleton.blocks[0][1]
+        return self._returns.wrap(_take_hidden(block, args, kwargs)[1])
 
 
 class _Reached(Exception):  # noqa: N818 - it says that a point was reached, not that something is wrong

@@ -83,8 +83,10 @@ class Skeleton:
             _make_meta(owner)
         _give_back_freed_memory()
 
-    def materialize_outer(self) -> None:
+    def materialize_outer(self, head: bool = False) -> None:
         """Loads everything outside the blocks that comes before the head: embeddings, final norm, a vision tower.
+
+        head: load the head too, which a tied one shares with the embedding.
 
         Not on demand, although a run may not need all of it: models ask parameters for their device before using them, and
         torch answers a look-up of meta indices in a real table with uninitialized memory.
@@ -92,11 +94,17 @@ class Skeleton:
         Raises:
             CorruptError: as for `materialize`.
         """
-        body = self.model.base_model
+        root = self.model if head else self.model.base_model
         names = {id(module): name for name, module in self.model.named_modules()}
-        for owner in self._outer_modules(body):
+        real: dict[str, nn.Parameter | None] = {}
+        for owner in self._outer_modules(root):
             for _, leaf, full_name in _own_tensors(owner, names[id(owner)], recurse=False):
+                original = real.get(self.tied.get(full_name, ""))
+                if original is not None:
+                    owner._parameters[leaf] = original
+                    continue
                 self._make_real(owner, leaf, full_name)
+                real[full_name] = owner._parameters.get(leaf)
 
     def release_outer(self) -> None:
         """Puts every parameter outside the blocks back to meta."""

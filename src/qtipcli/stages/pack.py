@@ -5,8 +5,10 @@ The directory is written beside its final place and renamed when it is whole, th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,23 @@ def run(
         watcher.note(f"{out} is complete already: nothing was done")
         return out
     refuse_occupied(out, force)
+    with written_whole(out) as partial:
+        _Packer(source, job, partial, watcher).run(max_shard_size)
+    return out
+
+
+@contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """An empty directory to write to, which takes the place of `out` at the end; after any exception `out` is as it was.
+
+    Raises StorageError, and StoppedError after Ctrl-C.
+    """
     partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
     try:
         with interruptible():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _Packer(source, job, partial, watcher).run(max_shard_size)
+            yield partial
             if out.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 out.rename(replaced)
@@ -77,7 +90,6 @@ def run(
         raise storage_error(error, out) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
 
 
 def refuse_occupied(out: Path, force: bool) -> None:
@@ -128,6 +140,7 @@ class _Packer:
         self.layers: dict[str, dict[str, Any]] = {}
         self.left: dict[str, str] = {}
         self.block_of: dict[str, int] = {}
+        self.tuned: dict[str, int] = {}
         for index, (prefix, _) in enumerate(self.skeleton.blocks):
             if not job.done(block_key(index)):
                 raise QtipError(f"{job.path} is not finished: block {prefix} is missing", "give the quantize command again")
@@ -136,6 +149,7 @@ class _Packer:
             self.layers |= report["layers"]
             self.left |= report["left"]
             self.block_of |= dict.fromkeys(report["layers"], index)
+            self.tuned |= dict.fromkeys(report.get("tuned", ()), index)
 
     def run(self, max_shard_size: str) -> None:
         plan = self._plan()
@@ -176,6 +190,9 @@ class _Packer:
 
     def _tensor(self, name: str) -> torch.Tensor:
         layer, _, leaf = name.rpartition(".")
+        if name in self.tuned:
+            with self.job.open_shard(block_key(self.tuned[name])) as shard:
+                return shard.get_tensor(name)
         if layer in self.layers and leaf != "bias":
             return self._packed(layer)[leaf]
         return self.skeleton.read(name)

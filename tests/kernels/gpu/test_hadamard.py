@@ -6,6 +6,7 @@ worse than twice plain torch in float32, taken by the factors too, which is more
 
 from functools import lru_cache
 
+import compiled
 import pytest
 import torch
 
@@ -130,10 +131,9 @@ def check_rotated(rotated, row_scale, x, scale, block):
     assert (size <= 2.0**15 * (1 + 2.0**-16)).all()
 
 
-@pytest.mark.parametrize("rows", [1, 17])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float16), (17, torch.bfloat16), (3, torch.float32)])
 @pytest.mark.parametrize(("inputs", "padded", "block"), [(1000, 1024, 1024), (200, 208, 208), (250, 256, 64)])
-def test_rotate_in_is_the_transform_rounded_to_fp16(inputs, padded, block, dtype, rows, device):
+def test_rotate_in_is_the_transform_rounded_to_fp16(inputs, padded, block, rows, dtype, device):
     x, scale = (randn(rows, inputs) * 3).to(dtype), randn(inputs, seed=1).half()
     rotated, row_scale = gpu.rotate_in(x.to(device), scale.to(device), padded, block)
     assert rotated.dtype == torch.float16
@@ -211,7 +211,6 @@ def outward(partial, row_scale, scale, bias, block, dtype, outputs, kind):
         (torch.bfloat16, torch.bfloat16),
         (torch.float32, torch.float16),
         (torch.float16, torch.float32),
-        (torch.float32, None),
     ],
 )
 @pytest.mark.parametrize(("outputs", "count", "block", "rows"), [(250, 256, 256, 3), (205, 208, 208, 2), (90, 96, 48, 17)])
@@ -343,3 +342,39 @@ def test_what_does_not_fit_is_refused(device):
 def test_a_cpu_tensor_is_refused():
     with pytest.raises(DeviceError, match="cpu"):
         gpu.hadamard(torch.zeros(2, 64), 64)
+
+
+def test_as_compiled_for_nvidia():
+    """The machine's own layouts, exchanges and matrix instructions, in the PTX emulator: one row of 28 * 8 * 64 values."""
+    block, outputs = 14336, 14320
+    cases = {case.name: case for case in gpu.compile_cases()}
+    kernels = {name: kernel for (name, _), kernel in compiled.kernels(gpu.__name__, ("sm_80",), "1 of 14336, few").items()}
+    x, scale = randn(1, block).half(), randn(block, seed=1).half()
+    rotated, row_scale = torch.full((1, block), float("nan")).half(), torch.full((1,), float("nan"))
+    partial = randn(3, 1, 2 * block)
+    scales, biases = randn(2, outputs, seed=2).half(), randn(2, outputs, seed=3).half()
+    y = torch.full((2, 1, outputs), float("nan")).half()
+    sizes = {"width_in": block, "x_1": block, "x_2": 0, "y_row": outputs, "y_layer": outputs, "rows": 1}
+
+    def launch(name, **given):
+        cut, transpose = gpu.plan(block, 1, True), "out" in name
+        dense = gpu._dense(block, transpose, cut.tile, cut.chunk, "cpu")
+        values = sizes | given | {"dense_ptr": dense, "dense_row": dense.shape[1]}
+        programs = -(-cut.order // cut.tile) * cut.fold * (2 if transpose else 1)
+        kernels[name].launch((programs,), *(values[argument] for argument in cases[name].signature))
+
+    launch(
+        "hadamard in, 1 of 14336, few rows",
+        x_ptr=x, scale_in_ptr=scale, row_scale_ptr=row_scale, y_ptr=rotated, x_row=block, x_part=0, width_out=block,
+    )  # fmt: skip
+    check_rotated(rotated, row_scale, x, scale, block)
+    launch(
+        "hadamard out, 1 of 14336, few rows, 2 layers",
+        x_ptr=partial, row_scale_ptr=row_scale, scale_out_ptr=scales[0], scale_out_1_ptr=scales[1], scale_out_2_ptr=scales[1],
+        bias_ptr=biases[0], bias_1_ptr=biases[1], bias_2_ptr=biases[1], y_ptr=y, parts=3, x_row=2 * block, x_part=2 * block,
+        width_out=outputs,
+    )  # fmt: skip
+    for layer, half in enumerate(partial.split(block, 2)):
+        given = half, row_scale, scales[layer], biases[layer], block
+        expected = outward(*given, torch.float64, outputs, torch.float64)
+        assert_as_accurate(y[layer], outward(*given, torch.float16, outputs, torch.float32), expected)

@@ -1,0 +1,279 @@
+"""Owns `qtip finetune`: tuning of blocks, tuning end to end, and the gate that writes a result only if held-out text says so.
+
+Each kind has a run directory beside the result, OUT.blocks.job and OUT.end.job, and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qtipcli.config import BlockTuning, CalibrationSettings, EndTuning, FinetuneSettings
+from qtipcli.data.text import CALIBRATION_DATA
+from qtipcli.data.windows import Windows
+from qtipcli.errors import QtipError, SettingsError
+from qtipcli.job.directory import RunDirectory
+from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
+from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.record import normalized
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import ModelSource
+from qtipcli.stages import calibrate, distill, pack, quantize
+from qtipcli.stages.calibrate import block_key
+from qtipcli.stages.load import default_device
+from qtipcli.stages.packed import PackedDirectory
+from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.teacher import Teacher
+from qtipcli.stages.tune_blocks import DEFAULT_MEMORY_GIB, BlockTuner
+
+BLOCKS_STAGE, END_STAGE = "finetune-blocks", "finetune-end"
+VERDICT = "verdict"
+"""The shard that says what the tuned blocks are worth on held-out text."""
+
+
+def run(
+    source: ModelSource,
+    packed: Path,
+    settings: FinetuneSettings,
+    out: Path,
+    force: bool = False,
+    watcher: Watcher | None = None,
+    memory_gib: float = DEFAULT_MEMORY_GIB,
+) -> dict[str, Any]:
+    """Tune the packed directory `packed`, whose original is `source`, and write the result to `out`.
+
+    memory_gib: activations, and decoded weights in end-to-end tuning, are held in memory up to this; it changes no bit.
+    Returns {"directory": `out`, or `packed` where tuning made it no better and nothing was written, "written",
+    "heldout_before", "heldout_after": KL to the original in nats, "blocks", "end_to_end": what each kind reports}.
+    Raises SettingsError where there is nothing to do or `out` is taken, QtipError where `packed` is of another model.
+    """
+    watcher = watcher or Silent()
+    _refuse(settings, packed, out)
+    run_ = _Run(source, packed, settings, out, force, watcher, memory_gib)
+    if not run_.is_written():
+        pack.refuse_occupied(out, force)
+    with interruptible():
+        return run_.run()
+
+
+def _refuse(settings: FinetuneSettings, packed: Path, out: Path) -> None:
+    if settings.blocks is None and settings.end_to_end is None:
+        raise SettingsError("neither kind of tuning was asked for", "say --blocks, --end-to-end or both")
+    pack.refuse_surroundings(out)
+    if out.resolve() == packed.resolve():
+        raise SettingsError(f"{out} is what is to be tuned", "choose another --out: the untuned model stays as it is")
+
+
+class _Run:
+    """One run of the stage."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        packed: Path,
+        settings: FinetuneSettings,
+        out: Path,
+        force: bool,
+        watcher: Watcher,
+        memory_gib: float,
+    ) -> None:
+        self.source, self.settings, self.out, self.force, self.watcher = source, settings, out, force, watcher
+        self.memory_gib = memory_gib
+        self.packed = PackedDirectory(packed)
+        self.windows = _windows(source, settings, watcher)
+        self.fingerprint = {
+            "model": fingerprint_model(source.directory),
+            "packed": fingerprint_model(packed),
+            "data": self.windows.content_hash,
+            "versions": fingerprint_versions(),
+        }
+        _refuse_other_model(self.packed, self.fingerprint["model"], source)
+        self.frozen = settings.model_dump() | {
+            "data": settings.data or CALIBRATION_DATA, "context": self.windows.context, "heldout": self._heldout()
+        }  # fmt: skip
+
+    def _heldout(self) -> int:
+        """Held-out windows: those asked for, or a fifth of a text that is too short."""
+        rows = self.windows.rows
+        return self.settings.heldout if rows > 2 * self.settings.heldout else max(1, rows // 5)
+
+    def record(self) -> dict[str, Any]:
+        return {"finetune": {"settings": self.frozen, "fingerprint": self.fingerprint}}
+
+    def is_written(self) -> bool:
+        """Whether `out` is the whole result of this very run."""
+        found = pack.read_record(self.out) if (self.out / pack.RECORD_FILE).is_file() else None
+        return found is not None and found.get("finetune") == normalized(self.record()["finetune"])
+
+    def run(self) -> dict[str, Any]:
+        report: dict[str, Any] = {}
+        changed: dict[str, Tensor] = {}
+        if self.settings.blocks is not None:
+            report["blocks"], changed = self._blocks(self.settings.blocks)
+        if self.settings.end_to_end is not None:
+            report["end_to_end"], ended = self._end(self.settings.end_to_end, changed)
+            changed |= ended
+        verdict = report.get("blocks", report.get("end_to_end"))
+        before = verdict["before"]
+        after = report["end_to_end"]["after"] if "end_to_end" in report else min(before, report["blocks"]["after"])
+        figures = {"heldout_before": before, "heldout_after": after}
+        if after < before:
+            if self.is_written() and not self.force:
+                self.watcher.note(f"{self.out} is complete already: nothing was done")
+            else:
+                provenance = {"finetune": self.frozen | figures}
+                self.packed.write_changed(self.out, changed, provenance, self.record() | {"finetune_report": report})
+            return {"directory": str(self.out), "written": True, **figures, **report}
+        self.watcher.note(
+            f"nothing was written: on held-out text the tuned model is no better than {self.packed.path} ({before:.5g} nats)"
+        )
+        return {"directory": str(self.packed.path), "written": False, **figures, **report}
+
+    # ---- block after block -------------------------------------------------------------------------------------------------
+
+    def _blocks(self, settings: BlockTuning) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(report, stored name -> tensor; nothing where the tuned blocks are no better together than the untuned ones)."""
+        frozen = self._frozen("blocks")
+        with RunDirectory.open(self._job("blocks"), BLOCKS_STAGE, frozen, self.fingerprint, force=self.force) as job:
+            skeleton = Skeleton(self.source, device=default_device())
+            count = len(skeleton.blocks)
+            self._tune_missing(settings, skeleton, job)
+            changed = {name: tensor for index in range(count) for name, tensor in job.read(block_key(index)).items()}
+            if not job.done(VERDICT):
+                job.commit(VERDICT, {}, self._verdict(changed, job))
+            report = job.report(VERDICT) | {"rows": [job.report(block_key(index)) for index in range(count)]}
+        if report["after"] < report["before"]:
+            return report, changed
+        self.watcher.note("the tuned blocks are no better together on held-out text: they are left out")
+        return report, {}
+
+    def _tune_missing(self, settings: BlockTuning, skeleton: Skeleton, job: RunDirectory) -> None:
+        blocks = range(len(skeleton.blocks))
+        missing = [index for index in blocks if not job.done(block_key(index))]
+        self.watcher.begin("tune blocks", len(blocks), len(blocks) - len(missing))
+        if not missing:
+            return
+        tuner = BlockTuner(
+            skeleton, self.windows.tokens, self._heldout(), settings, job.path, self.watcher, self.memory_gib
+        )  # fmt: skip
+        try:
+            for index in range(missing[-1] + 1):
+                checkpoint()
+                prefix = skeleton.blocks[index][0]
+                dtypes, layers = self.packed.vectors(prefix), self.packed.layers(prefix)
+                others = {name: self.packed.read(name) for name in dtypes}
+                if index in missing:
+                    tensors, report = tuner.tune(index, layers, others, dtypes)
+                    job.commit(block_key(index), tensors, {"block": prefix, **report})
+                    self.watcher.advance(prefix)
+                else:
+                    tuned = job.read(block_key(index))
+                    _set(layers, tuned)
+                    tuner.skip(index, layers, others | {name: tuned[name] for name in tuned if name in others})
+        finally:
+            tuner.close()
+
+    def _verdict(self, changed: dict[str, Tensor], job: RunDirectory) -> dict[str, float]:
+        """KL on the held-out windows, of the packed model as it is and with its tuned blocks."""
+        rows = self.windows.tokens[-self._heldout() :]
+        student = distill.Student(self.packed, {}, None, self.source.trust_remote_code)
+        batches = list(rows.split(distill.micro_rows(len(rows), rows.shape[1], student.vocabulary)))
+        teacher = Teacher(Skeleton(self.source, device=default_device()), batches, job.path, self.watcher, self.memory_gib)
+        try:
+            everything = range(len(batches))
+            before = distill.heldout_divergence(student, teacher, batches, everything)
+            student.change(changed)
+            after = distill.heldout_divergence(student, teacher, batches, everything)
+        finally:
+            teacher.close()
+        return {"before": before, "after": after}
+
+    # ---- end to end --------------------------------------------------------------------------------------------------------
+
+    def _end(self, settings: EndTuning, changed: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        frozen = self._frozen("end_to_end") | ({"blocks": self.frozen["blocks"]} if self.settings.blocks else {})
+        fingerprint = self.fingerprint | {"start": _hash(changed)}
+        with RunDirectory.open(self._job("end"), END_STAGE, frozen, fingerprint, force=self.force) as job:
+            if not job.done(distill.RESULT):
+                self._distill(settings, changed, job)
+            return job.report(distill.RESULT), job.read(distill.RESULT)
+
+    def _distill(self, settings: EndTuning, changed: dict[str, Tensor], job: RunDirectory) -> None:
+        student = distill.Student(self.packed, changed, settings, self.source.trust_remote_code)
+        tokens, heldout = self.windows.tokens, self._heldout()
+        micro = distill.micro_rows(settings.batch, tokens.shape[1], student.vocabulary)
+        train, held = tokens[:-heldout].split(micro), tokens[-heldout:].split(micro)
+        batches: Sequence[Tensor] = [*train, *held]
+        teacher = Teacher(Skeleton(self.source, device=default_device()), batches, job.path, self.watcher, self.memory_gib)
+        try:
+            trained = student.prepare(self.packed, self.memory_gib)
+            per_step = settings.batch // micro
+            held_range = range(len(train), len(batches))
+            distill.Distiller(student, trained, teacher, batches, held_range, per_step, job, self.watcher).run()
+        finally:
+            teacher.close()
+
+    # ---- small things ------------------------------------------------------------------------------------------------------
+
+    def _frozen(self, kind: str) -> dict[str, Any]:
+        return {name: value for name, value in self.frozen.items() if name not in ("blocks", "end_to_end") or name == kind}
+
+    def _job(self, kind: str) -> Path:
+        return self.out.with_name(f"{self.out.name}.{kind}.job")
+
+
+def original_of(packed: Path) -> str:
+    """The original model's name, from a packed directory's provenance. Raises QtipError where it says nothing."""
+    name = PackedDirectory(packed).config.provenance.get("base_model")
+    if not isinstance(name, str):
+        raise QtipError(f"{packed} does not say which model it was made from", "give the original with --base MODEL")
+    return name
+
+
+def _windows(source: ModelSource, settings: FinetuneSettings, watcher: Watcher) -> Windows:
+    asked = settings.samples + settings.heldout
+    wanted = CalibrationSettings(data=settings.data, samples=asked, context=settings.context, seed=settings.seed)
+    windows = calibrate.load_windows(source, wanted)
+    if windows.rows < 2:
+        raise QtipError(
+            f"{windows.source} holds one window of {windows.context} tokens", "give longer text, or a smaller --context"
+        )
+    if windows.rows < asked:
+        watcher.note(f"{windows.source} holds {windows.rows} windows of {windows.context} tokens, not {asked}: all are used")
+    return windows
+
+
+def _refuse_other_model(packed: PackedDirectory, model: dict[str, Any], source: ModelSource) -> None:
+    record = pack.read_record(packed.path) or {}
+    made_from = (record.get("job") or record.get("quantize") or {}).get("fingerprint", {}).get("model")
+    if made_from is not None and made_from != model:
+        raise QtipError(f"{packed.path} was made from another model than {source.name}", "give its original with --base MODEL")
+
+
+def _set(layers: dict[str, Any], tuned: dict[str, Tensor]) -> None:
+    """Put tuned scales and tables in the place of the layers' own."""
+    for name, layer in layers.items():
+        for part in ("scale_in", "scale_out", "lut"):
+            if f"{name}.{part}" in tuned:
+                getattr(layer, part).data = tuned[f"{name}.{part}"]
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    return fingerprint_text(*(f"{name} {tensors[name].float().tolist()}" for name in sorted(tensors)))
+
+
+def packed_directory(path: Path) -> Path:
+    """`path` itself, or the packed directory that belongs to it where it is the run directory of a quantize job.
+
+    Raises QtipError where that job has not been packed.
+    """
+    if not (path / "job.json").is_file():
+        return path
+    RunDirectory.load(path, quantize.STAGE)
+    packed = path.with_name(path.name.removesuffix(".job"))
+    if packed == path or not (packed / "config.json").is_file():
+        raise QtipError(f"{path} is a job that is not packed", f"qtip pack MODEL {path} --out DIR, then tune DIR")
+    return packed

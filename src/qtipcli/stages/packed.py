@@ -1,0 +1,109 @@
+"""Owns the reading of a packed directory tensor by tensor, and the writing of one that differs from it in some of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtipcli.errors import QtipError
+from qtipcli.hub.tensors import check_tensors
+from qtipcli.job.files import sha256_file, write_text_atomic
+from qtipcli.job.header import read_header
+from qtipcli.job.shards import open_shard, write_shard
+from qtipcli.nn.linear import TrellisLinear
+from qtipcli.stages.inspect import read_config
+from qtipcli.stages.pack import INDEX_FILE, RECORD_FILE, read_record, written_whole
+from qtipcli.stages.tune_blocks import packed_layer
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+class PackedDirectory:
+    """A packed directory, its tensors checked by their headers.
+
+    Attributes: path; config: its QtipConfig; layouts: name -> layout of every packed layer.
+    Raises QtipError where it is no packed model, CorruptError where a tensor is missing or of another shape.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+        self.layouts = self.config.layouts()
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise QtipError(f"{path} holds no weights", "pack it again, or finish the download")
+        check_tensors(self.layouts, files)
+        self._headers = {file: read_header(file).tensors for file in files}
+        self._file = {name: file for file, tensors in self._headers.items() for name in tensors}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        with open_shard(self._file[name]) as shard:
+            return shard.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype on disk of a floating tensor; None where there is no such tensor."""
+        file = self._file.get(name)
+        return None if file is None else _DTYPES.get(self._headers[file][name]["dtype"])
+
+    def layers(self, prefix: str) -> dict[str, TrellisLinear]:
+        """Full name -> packed layer, for those of one block."""
+        found = {}
+        for name, layout in self.layouts.items():
+            if name.startswith(f"{prefix}."):
+                parts = {part: self.read(f"{name}.{part}") for part in layout.tensors() if part != "weight"}
+                found[name] = packed_layer(layout, parts)
+        return found
+
+    def vectors(self, prefix: str = "") -> dict[str, torch.dtype]:
+        """Full name -> dtype on disk of the norms and biases: floating vectors that are no part of the packing."""
+        stem = f"{prefix}." if prefix else ""
+        parts = {f"{name}.{part}" for name in self.layouts for part in ("scale_in", "scale_out", "lut", "weight")}
+        return {
+            name: _DTYPES[entry["dtype"]]
+            for tensors in self._headers.values()
+            for name, entry in tensors.items()
+            if name.startswith(stem) and name not in parts and len(entry["shape"]) == 1 and entry["dtype"] in _DTYPES
+        }
+
+    def write_changed(
+        self, out: Path, changed: Mapping[str, Tensor], provenance: Mapping[str, Any], record: Mapping[str, Any]
+    ) -> None:
+        """Write to `out` this model with the tensors of `changed` in the place of its own; complete or not at all.
+
+        provenance, record: added to those of config.json and qtip.json. Raises QtipError where a tensor would change its shape
+        or dtype, StorageError.
+        """
+        with written_whole(out) as partial:
+            for file, tensors in self._headers.items():
+                with open_shard(file) as shard:
+                    content = {name: changed.get(name, shard.get_tensor(name)) for name in tensors}
+                    for name in tensors.keys() & changed.keys():
+                        own = shard.get_tensor(name)
+                        if own.shape != changed[name].shape or own.dtype != changed[name].dtype:
+                            raise QtipError(
+                                f"{name} was tuned as {changed[name].dtype} {list(changed[name].shape)}, not as it is"
+                            )
+                    write_shard(partial / file.name, content)
+            for file in sorted(self.path.iterdir()):
+                is_kept = file.is_file() and not file.name.startswith(".") and file.name not in (RECORD_FILE, INDEX_FILE)
+                if is_kept and file not in self._headers:
+                    shutil.copyfile(file, partial / file.name)
+            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            fields = config["quantization_config"]
+            fields["provenance"] = {**fields.get("provenance", {}), **provenance}
+            write_text_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
+            checksums = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
+            before = read_record(self.path) or {}
+            # Not under "job": by that the pack stage knows what it made itself.
+            kept = {"format": "qtip", "quantize": before.get("job", before.get("quantize")), "layers": before.get("layers", {})}
+            write_text_atomic(partial / RECORD_FILE, json.dumps({**kept, **record, "sha256": checksums}, indent=1) + "\n")
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(self.path / INDEX_FILE, partial / INDEX_FILE)

@@ -1,0 +1,58 @@
+"""Owns the start of a stream: what the first block gets for each batch of rows, kept in memory or in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtipcli.job.files import temporary_path
+from qtipcli.model.inputs import BlockCall, BlockInput, capture_first_inputs
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.stages.progress import Watcher
+from qtipcli.tune.activations import Activations
+
+CAPTURE_BYTES = 512 << 20
+"""Of hidden states that are captured in front of the first block before they are stored."""
+
+
+def start(
+    skeleton: Skeleton, batches: Sequence[Tensor], names: Sequence[str], directory: Path, memory_gib: float, watcher: Watcher
+) -> tuple[list[Activations], list[tuple[BlockCall, ...]]]:
+    """Equal streams, one for each of `names`, that stand before the first block; and each batch's calls of the blocks.
+
+    batches: int64 [rows, context] each. directory: where streams go that take more than `memory_gib` GiB together.
+    """
+    first = capture_first_inputs(skeleton, batches[0][:1], 1)[0].hidden
+    token_bytes = first[0, 0].nbytes
+    shapes = [(*rows.shape, *first.shape[2:]) for rows in batches]
+    total = len(names) * sum(rows.numel() for rows in batches) * token_bytes
+    in_memory = total <= memory_gib * 2**30
+    if not in_memory:
+        watcher.note(f"{total / 2**30:.1f} GiB of activations go to a file in {directory}")
+    streams = [Activations(shapes, first.dtype, None if in_memory else temporary_path(directory / name)) for name in names]
+    calls: list[tuple[BlockCall, ...]] = []
+    for captured in _captured(skeleton, batches, max(1, CAPTURE_BYTES // (batches[0].numel() * token_bytes))):
+        for stream in streams:
+            stream.write(len(calls), captured.hidden)
+        calls.append(captured.calls)
+    return streams, calls
+
+
+def _captured(skeleton: Skeleton, batches: Sequence[Tensor], at_once: int) -> Iterator[BlockInput]:
+    """What the first block gets, batch by batch; batches of one size go through the embedding together."""
+    place = 0
+    while place < len(batches):
+        rows = len(batches[place])
+        end = place
+        while end < len(batches) and end - place < at_once and len(batches[end]) == rows:
+            end += 1
+        yield from capture_first_inputs(skeleton, torch.cat(list(batches[place:end])), rows)
+        place = end
+
+
+def batch_at(stream: Activations, calls: Sequence[tuple[BlockCall, ...]], index: int) -> BlockInput:
+    """One batch of a stream as the next block gets it."""
+    return BlockInput(stream.read(index), calls[index])
