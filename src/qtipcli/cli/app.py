@@ -50,7 +50,7 @@ def _root(
 @app.command()
 def calibrate(
     model: options.Model,
-    out: Annotated[Path | None, typer.Option(help="Where the Hessians go [MODEL.hessians].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the Hessians go \\[MODEL.hessians].")] = None,
     data: options.Data = None,
     samples: options.Samples = None,
     context: options.Context = None,
@@ -74,10 +74,10 @@ def calibrate(
 def quantize(
     model: options.Model,
     bits: Annotated[float | None, typer.Option(help="Payload bits per weight, 1 to 8 [2].")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the packed model goes [MODEL-qtip-Nbit].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the packed model goes \\[MODEL-qtip-Nbit].")] = None,
     code: Annotated[str | None, typer.Option(help="3inst, 1mad, mul1, mcg, hyb, hyb2 or lut [3inst].")] = None,
     preset: options.PresetName = None,
-    hessians: Annotated[Path | None, typer.Option(help="From `qtip calibrate`; made if absent [MODEL.hessians].")] = None,
+    hessians: Annotated[Path | None, typer.Option(help="From `qtip calibrate`; made if absent \\[MODEL.hessians].")] = None,
     data: options.Data = None,
     samples: options.Samples = None,
     context: options.Context = None,
@@ -85,9 +85,11 @@ def quantize(
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave as they are, such as '*.v_proj'; repeat.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS or PATTERN=BITS:CODE; repeat.")] = None,
     state_bits: Annotated[int | None, typer.Option(help="L of the trellis, 8 to 16; fewer is faster and worse [16].")] = None,
-    transform: Annotated[str | None, typer.Option(help="Incoherence transform: full or block-128 [full].")] = None,
+    transform: Annotated[str | None, typer.Option(help="Incoherence transform: full or block-128 \\[full].")] = None,
     damping: Annotated[float | None, typer.Option(help="Share of the Hessian's mean diagonal added to it [0.001].")] = None,
-    scale: Annotated[float | None, typer.Option(help="Weights' rms over the code's [by code and rate, then searched].")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Weights' rms over the code's \\[by code and rate, then searched].")
+    ] = None,
     search: Annotated[bool | None, typer.Option("--search/--no-search", help="Search each matrix's best scale.")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit row and column scales.")] = None,
     quantized_prefix: Annotated[
@@ -153,9 +155,9 @@ def eval_command(
     directory: Annotated[str, typer.Argument(help="A packed directory, or any causal language model.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="The original model: adds KL divergence, top-1 agreement and ratio.")] = None,
     data: options.Data = None,
-    context: Annotated[int | None, typer.Option(help="Tokens in each window [the model's own, at most 2048].", min=2)] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows from the start of the text [all].", min=1)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [float32 on a CPU].")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in each window \\[the model's own, at most 2048].", min=2)] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows from the start of the text \\[all].", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 \\[float32 on a CPU].")] = None,
     trust_remote_code: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:

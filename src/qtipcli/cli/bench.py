@@ -15,7 +15,7 @@ bench_app = typer.Typer(help="Measure codes, encoder, product and whole models o
 
 Codes = Annotated[str | None, typer.Option(help="Codes, separated by commas.")]
 Bits = Annotated[str | None, typer.Option(help="Bits per weight, separated by commas.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [a GPU where there is one].")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N \\[a GPU where there is one].")]
 StateBits = Annotated[int, typer.Option(help="L of the trellis, 8 to 16.", min=8, max=16)]
 
 
@@ -89,7 +89,7 @@ def matvec(
 @bench_app.command()
 def model(
     directory: Annotated[str | None, typer.Argument(help="A packed directory or hub name.", show_default=False)] = None,
-    against: Annotated[str | None, typer.Option(help="The unquantized model [the packed weights, decoded].")] = None,
+    against: Annotated[str | None, typer.Option(help="The unquantized model \\[the packed weights, decoded].")] = None,
     random: Annotated[
         str | None, typer.Option(help="Instead: random weights in the sizes of a known model or of a config.json.")
     ] = None,
@@ -100,7 +100,7 @@ def model(
     prompts: Annotated[str, typer.Option(help="Tokens of each prefill, separated by commas.")] = "512,2048",
     tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 [its own; on a CPU bfloat16].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32 \\[its own; on a CPU bfloat16].")] = None,
     seconds: Annotated[float, typer.Option(help="Measuring time of a row.", min=0.01)] = 2.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Decode through torch.compile; takes minutes to begin.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs/--no-graphs", help="CUDA graphs, on a GPU.")] = True,

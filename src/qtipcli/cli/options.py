@@ -14,7 +14,7 @@ Data = Annotated[
     str | None, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a hub data set (owner/name[:config]).")
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows [256].", min=1)]
-Context = Annotated[int | None, typer.Option(help="Tokens in each window [the model's own, at most 2048].", min=1)]
+Context = Annotated[int | None, typer.Option(help="Tokens in each window \\[the model's own, at most 2048].", min=1)]
 Seed = Annotated[int | None, typer.Option(help="Of the windows chosen and of the random signs [0].", min=0)]
 Force = Annotated[bool, typer.Option("--force", help="Start again over what is there, and replace what is in the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
