@@ -16,13 +16,13 @@ GUARD_BITS = 16
 TOP_BITS = 15
 """Inward, N times a row's root mean square is scaled to [2^14, 2^15): half of fp16's largest number at the most."""
 
-SUM_CHUNK = 1024
-"""Columns of a row that `_sums` takes at a time."""
+SUM_VALUES = 1024
+"""Values that `_sums` takes at a time."""
 
 SMALLEST_SQUARES = 2.0**-100
 """A sum of squares below this has lost some to float32's smallest number, 2^-149."""
 
-_GUARD_BITS, _TOP_BITS, _SUM_CHUNK = tl.constexpr(GUARD_BITS), tl.constexpr(TOP_BITS), tl.constexpr(SUM_CHUNK)
+_GUARD_BITS, _TOP_BITS, _SUM_VALUES = tl.constexpr(GUARD_BITS), tl.constexpr(TOP_BITS), tl.constexpr(SUM_VALUES)
 _SMALLEST_SQUARES = tl.constexpr(SMALLEST_SQUARES)
 _INTERPRETED = tl.constexpr(device.INTERPRETED)
 
@@ -312,9 +312,11 @@ def _digit(x, LINES: tl.constexpr, POWER: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _sums(row_ptr, scale_in_ptr, width_in, UNIT: tl.constexpr, SQUARED: tl.constexpr):
     """float32 [R]: the sum of (scale_in * x UNIT)^2, or of their magnitudes, over each of R whole rows."""
-    total = tl.zeros((row_ptr.shape[0], _SUM_CHUNK), tl.float32)
-    for first in range(0, width_in, _SUM_CHUNK):
-        i = first + tl.arange(0, _SUM_CHUNK)
+    count: tl.constexpr = row_ptr.shape[0]
+    chunk: tl.constexpr = _SUM_VALUES // count
+    total = tl.zeros((count, chunk), tl.float32)
+    for first in range(0, width_in, chunk):
+        i = first + tl.arange(0, chunk)
         scale = tl.load(scale_in_ptr + i, mask=i < width_in, other=0.0).to(tl.float32) * UNIT
         x = tl.load(row_ptr[:, None] + i[None, :], mask=(i < width_in)[None, :], other=0.0).to(tl.float32)
         v = x * scale[None, :]
