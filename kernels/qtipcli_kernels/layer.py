@@ -1,6 +1,7 @@
 """Owns a packed layer's whole computation on a GPU, without gradients: input transform, product, output transforms.
 
-Three launches for all the layers that share an input. Dimension key: B rows, I inputs, P padded inputs, O outputs.
+Three launches for all the layers that share an input, four where their outputs differ in size (grouped-query attention).
+Dimension key: B rows, I inputs, P padded inputs, O outputs.
 """
 
 from collections.abc import Sequence
