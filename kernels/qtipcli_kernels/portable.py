@@ -141,12 +141,6 @@ def _hybrid(state, lut_ptr, SIGNS: tl.constexpr):
 
 
 @triton.jit
-def row_in_tile():
-    """int32 [1, 32, 8]: the tile's row that each lane's each weight lies in (packing.WALK_TO_TILE)."""
-    return (tl.arange(0, 32)[None, :, None] >> 2) + ((tl.arange(0, 8)[None, None, :] >> 1) & 1) * 8
-
-
-@triton.jit
 def column_in_tile():
     """int32 [1, 32, 8]: the tile's column that each lane's each weight lies in."""
     weight = tl.arange(0, 8)[None, None, :]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from nn.random_layers import HYB_1_5, LUT_2, MUL1_3_SHORT, ODD, ONE_MAD_2, random_layer
 
-from qtipcli.errors import QtipError
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
 from qtipcli.quant.transform import Transform
@@ -167,7 +166,7 @@ def test_gradients_of_what_is_stored_are_those_of_float32_copies_rounded_to_fp16
         assert torch.equal(getattr(stored, name).grad, parameter.grad.to(torch.float16))
 
 
-def test_unfrozen_parameters_are_trained_in_float32_and_frozen_as_they_are_stored():
+def test_unfrozen_parameters_are_trained_in_float32_whatever_the_model_is_cast_to():
     layer = random_layer(ODD)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     x, expected = torch.randn(4, 100), layer(torch.ones(1, 100))
@@ -183,26 +182,13 @@ def test_unfrozen_parameters_are_trained_in_float32_and_frozen_as_they_are_store
     moved = {name: parameter.detach().clone() for name, parameter in masters.items()}
     layer.to(torch.bfloat16)
     assert all(torch.equal(getattr(layer, name), parameter) for name, parameter in moved.items())
-    layer.freeze()
-    for name, stored in ODD.tensors().items():
-        assert DTYPE_NAMES[layer.state_dict()[name].dtype] in stored.dtypes
-    for name, parameter in moved.items():
-        assert not torch.equal(parameter, before[name].float())
-        assert torch.equal(getattr(layer, name), parameter.to(torch.float16))
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert not any(torch.equal(parameter, before[name].float()) for name, parameter in moved.items())
 
 
 def test_a_computed_code_has_no_table_to_unfreeze_and_names_choose():
     layer = random_layer(PackedLayout(64, 32, ONE_MAD_2))
     assert list(layer.unfreeze()) == ["scale_in", "scale_out"]
     assert list(random_layer(ODD).unfreeze(["lut"])) == ["lut"]
-
-
-def test_a_scale_that_fp16_does_not_hold_is_refused_by_name():
-    layer = random_layer(ODD)
-    layer.unfreeze()["scale_out"].data[3] = 1e6
-    with pytest.raises(QtipError, match="scale_out of a packed layer has values"):
-        layer.freeze()
 
 
 def test_nothing_asks_for_a_gradient_by_itself():

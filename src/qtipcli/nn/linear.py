@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qtipcli.errors import QtipError
 from qtipcli.nn.layout import PackedLayout
 from qtipcli_kernels import dispatch
 
@@ -81,26 +80,12 @@ class TrellisLinear(nn.Module):
         """Put float32 copies that ask for a gradient in the place of the named parameters, and return them, to be trained.
 
         fp16 would lose small steps, and the sums that are the table's gradient can overflow it. Names that the layer has not
-        are left out. The layer cannot be saved as packed until `freeze`.
+        are left out. The layer cannot be saved as packed any more: who trains it writes the tensors, in their stored dtypes.
         """
         masters = {name: nn.Parameter(own.detach().float()) for name in names if (own := getattr(self, name)) is not None}
         for name, master in masters.items():
             setattr(self, name, master)
         return masters
-
-    def freeze(self) -> None:
-        """Undo `unfreeze`: everything as it is stored, in fp16, and nothing asks for a gradient.
-
-        Raises QtipError naming the parameter where a value is out of fp16's range or not a number.
-        """
-        self.requires_grad_(False)
-        for name in EXACT:
-            own = getattr(self, name)
-            if own is not None and own.dtype != torch.float16:
-                stored = own.detach().to(torch.float16)
-                if not stored.isfinite().all():
-                    raise QtipError(f"{name} of a packed layer has values that fp16 does not hold", "train with a lower rate")
-                setattr(self, name, nn.Parameter(stored, requires_grad=False))
 
     def extra_repr(self) -> str:
         layout = self.layout

@@ -18,8 +18,6 @@ STORED_DTYPE = torch.float16
 SMALLEST_SIZE = 1e-3
 """What counts as the size of a parameter that is smaller or zero, such as biases at their start: its rate is a share of it."""
 
-EXACT = ("scale_in", "scale_out", "lut")
-
 
 @dataclass(frozen=True, slots=True)
 class Rates:
