@@ -21,7 +21,7 @@ from qtipcli.model.skeleton import Skeleton
 
 # Tokens in one product x^T x: bounds the float32 copy of the input (2,048 x 16,384 x 4 bytes = 128 MiB) and fixes the order of
 # the sum, which therefore depends only on how the rows were batched.
-_CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def input_groups(skeleton: Skeleton, index: int, one_input: BlockInput) -> list[
         identity = (tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), tensor.stride())
         seen.setdefault(name, []).append(identity)
 
-    with _hooked({name: linears[name] for name in linears}, note):
+    with watched({name: linears[name] for name in linears}, note):
         run_block(skeleton, index, one_input)
     by_input: dict[tuple[Any, ...], list[str]] = {}
     for name, identities in seen.items():
@@ -121,7 +121,7 @@ class HessianRecorder:
         self._hooks: Any = None
 
     def __enter__(self) -> HessianRecorder:
-        self._hooks = _hooked(self._watched, self._add)
+        self._hooks = watched(self._watched, self._add)
         self._hooks.__enter__()
         return self
 
@@ -146,14 +146,14 @@ class HessianRecorder:
 
     def _add(self, name: str, tensor: Tensor) -> None:
         x_NI = tensor.detach().reshape(-1, tensor.shape[-1])
-        for chunk_NI in x_NI.split(_CHUNK_TOKENS):
+        for chunk_NI in x_NI.split(CHUNK_TOKENS):
             chunk_NI = chunk_NI.to(torch.float32)
             self.sums[name].addmm_(chunk_NI.T, chunk_NI)
         self.tokens[name] += x_NI.shape[0]
 
 
 @contextmanager
-def _hooked(linears: dict[str, nn.Linear], note: Any) -> Iterator[None]:
+def watched(linears: dict[str, nn.Linear], note: Any) -> Iterator[None]:
     """Calls `note(name, input)` before each call of the given linears."""
     handles: list[RemovableHandle] = []
     try:

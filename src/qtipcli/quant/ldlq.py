@@ -1,9 +1,10 @@
-"""Owns BlockLDLQ: rounding a matrix block column by block column, each with the error of the later ones fed back.
+"""Owns BlockLDLQ: rounding a matrix tile by tile, each with the error of the later ones fed back.
 
-Source: QuIP# (arXiv 2402.04396), section 4, on QTIP's tiles of 16 x 16. Dimension key: O outputs, I inputs, B = 16 columns.
+Source: QuIP# (arXiv 2402.04396), section 4, on QTIP's tiles of 16 x 16; with a Hessian on both sides, YAQA's objective (arXiv
+2505.22988). Dimension key: O outputs, I inputs, B = 16 columns, N tiles, T steps of a walk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -50,6 +51,59 @@ def round_ldlq(weight_OI: torch.Tensor, lower_II: torch.Tensor, round_tiles: Rou
         error[:, block] = weight_OI[:, block] - rounded[:, block]
         states.append(block_states)
     return torch.stack(states[::-1], dim=1), rounded
+
+
+def round_two_sided(
+    weight_OI: torch.Tensor, lower_II: torch.Tensor, lower_OO: torch.Tensor, round_tiles: RoundTiles
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round `weight_OI` (float32 [O, I], both multiples of 16) under a Hessian on each side, given by their block factors.
+
+    With H = L D L^T on both sides, tr(H_out E H_in E^T) = tr(D_out F D_in F^T) for F = L_out^T E L_in. Tile (i, j) of F is
+    that of E plus what the tiles below and to the right of it leave there, so (i, j) is rounded as W_ij plus those leftovers,
+    which minimises the trace greedily. Tiles on one antidiagonal do not see one another and are rounded in one call.
+    Returns (states int32 [O/16, I/16, T], rounded float32 [O, I]).
+    """
+    rows, columns = weight_OI.shape
+    grid = (rows // TILE, columns // TILE)
+    lower_in, lower_out = lower_II.to(weight_OI.dtype), lower_OO.to(weight_OI.dtype)
+    error = torch.zeros_like(weight_OI)
+    passed_on = torch.zeros_like(weight_OI)  # E L_in, of the tiles that are rounded
+    rounded = torch.empty_like(weight_OI)
+    states: torch.Tensor | None = None
+    for row, column in _antidiagonals(*grid, weight_OI.device):
+        left, top = int(column.min()) * TILE, int(row.min()) * TILE
+        from_right = torch.bmm(
+            error[:, left:].unflatten(0, (grid[0], TILE))[row],
+            lower_in[left:].unflatten(1, (grid[1], TILE))[:, column].transpose(0, 1),
+        )
+        from_below = torch.bmm(
+            lower_out[top:].unflatten(1, (grid[0], TILE))[:, row].permute(1, 2, 0),
+            passed_on[top:].unflatten(1, (grid[1], TILE))[:, column].transpose(0, 1),
+        )
+        weight_NBB = _tiles(weight_OI, grid)[row, :, column]
+        target = weight_NBB + from_right + from_below
+        chosen, values = round_tiles(tiles_from_matrix(target.reshape(-1, TILE)))
+        value_NBB = matrix_from_tiles(values, len(row) * TILE, TILE).reshape(-1, TILE, TILE)
+        _tiles(rounded, grid)[row, :, column] = value_NBB
+        _tiles(error, grid)[row, :, column] = weight_NBB - value_NBB
+        _tiles(passed_on, grid)[row, :, column] = weight_NBB - value_NBB + from_right
+        if states is None:
+            states = chosen.new_empty(*grid, chosen.shape[1])
+        states[row, column] = chosen
+    assert states is not None, "a matrix has at least one tile"
+    return states, rounded
+
+
+def _tiles(matrix_OI: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A view [O/16, 16, I/16, 16]."""
+    return matrix_OI.view(grid[0], TILE, grid[1], TILE)
+
+
+def _antidiagonals(rows: int, columns: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(row, column) of the tiles of each antidiagonal, int64 [N] each, from the last tile of the grid to its first."""
+    for distance in range(rows + columns - 2, -1, -1):
+        row = torch.arange(max(0, distance - columns + 1), min(rows, distance + 1), device=device)
+        yield row, distance - row
 
 
 def relative_proxy_loss(weight_OI: torch.Tensor, rounded_OI: torch.Tensor, hessian_II: torch.Tensor) -> float:

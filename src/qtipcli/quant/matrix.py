@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qtipcli.quant.hessian import DampedHessian, damp
+from qtipcli.quant.hessian import DampedHessian, OutputHessian, damp
 from qtipcli.quant.incoherence import random_signs, rotate_hessian, rotate_weight, rotate_weight_back
-from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq
+from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq, round_two_sided
 from qtipcli.quant.refit import refit_scales
 from qtipcli.quant.scale import rms, search_scale, source_scale, tile_rounder
 from qtipcli.quant.transform import Transform
@@ -47,6 +47,8 @@ class PackedMatrix:
 
     trellis int32 [P/16, J/16 * words]; scale_in fp16 [I] and scale_out fp16 [O], signs included.
     relative_proxy_loss: of the stored matrix. unrefitted_loss: before the refit. damping: as used.
+    divergence: tr(H_out E H_in E^T) / 2 of the stored matrix, the KL divergence in nats a token that it alone costs by second
+    order; None where it was rounded without a Hessian of its outputs.
     """
 
     trellis: torch.Tensor
@@ -57,6 +59,7 @@ class PackedMatrix:
     scale: float
     damping: float
     dead_inputs: int
+    divergence: float | None = None
 
 
 def round_group(
@@ -65,11 +68,13 @@ def round_group(
     specs: Mapping[str, TrellisSpec],
     settings: RoundingSettings,
     luts: Mapping[str, torch.Tensor | None],
+    outputs: Mapping[str, OutputHessian] | None = None,
 ) -> dict[str, PackedMatrix]:
     """Round layers that see the same input; they share its signs, its transform and their scale_in.
 
     weights: name -> [O, I], any float dtype. hessian_II: E[x x^T] of the shared input, on the same device, where the work is
-    done. specs: name -> trellis. luts: name -> the code's table, None where it is computed.
+    done. specs: name -> trellis. luts: name -> the code's table, None where it is computed. outputs: name -> Hessian of its
+    outputs, of every layer or of none: their scales weigh the layers against each other in the shared scale_in.
     Deterministic: the same arguments give the same bits, whatever was rounded before. What is packed is on the CPU.
     """
     names = list(weights)
@@ -80,19 +85,24 @@ def round_group(
     basis = _Basis(signs_I, block_ldl(turned.cholesky_II).to(torch.float32), turned.hessian_II.to(torch.float32))
     metric_II = damped.hessian_II.to(torch.float32)
 
+    sides = {name: outputs[name].damped() for name in names} if outputs else {}
     layers = {
-        name: _round(name, weights[name].detach().to(torch.float32), specs[name], luts[name], basis, settings) for name in names
-    }
+        name: _round(
+            name, weights[name].detach().to(torch.float32), specs[name], luts[name], basis, settings, sides.get(name)
+        )
+        for name in names
+    }  # fmt: skip
     stacked_weight = torch.cat([layer.weight_OI for layer in layers.values()])
     stacked_rounded = torch.cat([layer.decoded_OI for layer in layers.values()])
     if settings.refit:
-        rows, columns = refit_scales(stacked_weight, stacked_rounded, metric_II)
+        metrics = [side.hessian_II.to(torch.float32) for side in sides.values()] or None
+        rows, columns = refit_scales(stacked_weight, stacked_rounded, metric_II, outputs=metrics)
     else:
         rows, columns = stacked_weight.new_ones(len(stacked_weight)), stacked_weight.new_ones(len(signs_I))
     row_parts = rows.split([len(layer.weight_OI) for layer in layers.values()])
     shift = _shift([layer.step_size for layer in layers.values()])
     return {
-        name: _store(layer, row_part, columns, signs_I, shift, metric_II, damped)
+        name: _store(layer, row_part, columns, signs_I, shift, metric_II, damped, outputs[name] if outputs else None)
         for (name, layer), row_part in zip(layers.items(), row_parts, strict=True)
     }
 
@@ -125,6 +135,7 @@ def _round(
     lut: torch.Tensor | None,
     basis: _Basis,
     settings: RoundingSettings,
+    side: DampedHessian | None,
 ) -> _RoundedLayer:
     signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out").to(weight_OI.device)
     turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform)
@@ -135,7 +146,12 @@ def _round(
     table_SV = tabulate(spec, lut).to(weight_OI.device)
     # A matrix of zeros gets step size 0, which makes its scale_out 0, whatever walk is stored.
     step_size = weight_rms / (scale * rms(table_SV))
-    states, rounded_PJ = round_ldlq(turned_PJ / (step_size or 1.0), basis.lower_JJ, tile_rounder(spec, table_SV, settings.fast))
+    target_PJ, round_tiles = turned_PJ / (step_size or 1.0), tile_rounder(spec, table_SV, settings.fast)
+    if side is None:
+        states, rounded_PJ = round_ldlq(target_PJ, basis.lower_JJ, round_tiles)
+    else:
+        turned_side = damp(rotate_hessian(side.hessian_II, signs_O, settings.transform), 0.0)
+        states, rounded_PJ = round_two_sided(target_PJ, basis.lower_JJ, block_ldl(turned_side.cholesky_II), round_tiles)
     words = pack(states.reshape(-1, spec.steps), spec)
     decoded_OI = rotate_weight_back(rounded_PJ * step_size, signs_O, basis.signs_I, settings.transform)
     return _RoundedLayer(weight_OI, decoded_OI, words.reshape(len(states), -1), signs_O, step_size, scale)
@@ -149,6 +165,7 @@ def _store(
     shift: float,
     metric_II: torch.Tensor,
     damped: DampedHessian,
+    output: OutputHessian | None,
 ) -> PackedMatrix:
     scale_in = (columns * signs_I * shift).to(torch.float16)
     scale_out = (rows * layer.step_size * layer.signs_O / shift).to(torch.float16)
@@ -165,7 +182,13 @@ def _store(
         scale=layer.scale,
         damping=damped.damping,
         dead_inputs=damped.dead_inputs,
+        divergence=None if output is None else _divergence(layer.weight_OI - stored_OI, metric_II, output.hessian_OO),
     )
+
+
+def _divergence(error_OI: torch.Tensor, hessian_II: torch.Tensor, hessian_OO: torch.Tensor) -> float:
+    """tr(H_out E H_in E^T) / 2."""
+    return 0.5 * float(((hessian_OO @ error_OI @ hessian_II) * error_OI).sum(dtype=torch.float64))
 
 
 def _shift(step_sizes: list[float]) -> float:

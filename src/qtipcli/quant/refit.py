@@ -1,8 +1,13 @@
 """Owns the closed-form refit of row and column scales after rounding, with the walks fixed.
 
 Not in the QTIP paper. Given the decoded matrix A, find c_out and c_in such that diag(c_out) A diag(c_in) is nearest to W in the
-metric of the Hessian. Each half is a linear least-squares problem. Dimension key: O outputs, I inputs.
+metric of the Hessian: tr(E H E^T), or with a Hessian on the output side as well tr(H_out E H E^T). Each half is a linear
+least-squares problem. Dimension key: O outputs, I inputs.
+
+`outputs` is None for the identity, or the output side's Hessians of layers that are stacked along O: float32 [O_l, O_l] each.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -12,31 +17,63 @@ REFIT_ROUNDS = 2
 COLUMN_RIDGE = 1e-6
 """Share of the mean diagonal added to the columns' normal equations: they are singular where an input is dead."""
 
+ROW_RIDGE = 1e-4
+"""The same for rows that the output side's Hessian couples; larger, as that Hessian is the noisier one."""
 
-def refit_rows(weight_OI: torch.Tensor, quantized_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
-    """Per output row q of `quantized_OI` and w of `weight_OI`: (q H w^T) / (q H q^T), float32 [O]; 1 where q is zero."""
+Outputs = Sequence[torch.Tensor] | None
+
+
+def refit_rows(
+    weight_OI: torch.Tensor, quantized_OI: torch.Tensor, hessian_II: torch.Tensor, outputs: Outputs = None
+) -> torch.Tensor:
+    """The c, float32 [O], that minimises the error of diag(c) Q; 1 where a row of Q is zero.
+
+    Without `outputs` each row is on its own: c = (q H w^T) / (q H q^T). With them the rows of a layer are solved together:
+    ((Q H Q^T) o H_out) c = rowsum of (Q H W^T) o H_out.
+    """
     projected = quantized_OI @ hessian_II
-    energy = (projected * quantized_OI).sum(1, dtype=torch.float64)
-    product = (projected * weight_OI).sum(1, dtype=torch.float64)
-    return torch.where(energy > 0, product / energy.clamp(min=1e-300), 1.0).to(torch.float32)
+    if outputs is None:
+        energy = (projected * quantized_OI).sum(1, dtype=torch.float64)
+        product = (projected * weight_OI).sum(1, dtype=torch.float64)
+        return torch.where(energy > 0, product / energy.clamp(min=1e-300), 1.0).to(torch.float32)
+    sizes = [len(output_OO) for output_OO in outputs]
+    parts = zip(projected.split(sizes), quantized_OI.split(sizes), weight_OI.split(sizes), outputs, strict=True)
+    return torch.cat(
+        [_ridge_solution((p @ q.T) * output_OO, ((p @ w.T) * output_OO).sum(1), ROW_RIDGE) for p, q, w, output_OO in parts]
+    )
 
 
-def refit_columns(weight_OI: torch.Tensor, quantized_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
-    """The r, float32 [I], that minimises the error of Q diag(r): ((Q^T Q) o H) r = rowsum over outputs of Q o (W H)."""
-    gram = (quantized_OI.T @ quantized_OI).to(torch.float64) * hessian_II.to(torch.float64)
-    right = (quantized_OI * (weight_OI @ hessian_II)).sum(0, dtype=torch.float64)
+def refit_columns(
+    weight_OI: torch.Tensor, quantized_OI: torch.Tensor, hessian_II: torch.Tensor, outputs: Outputs = None
+) -> torch.Tensor:
+    """The r, float32 [I], that minimises the error of Q diag(r).
+
+    ((Q^T H_out Q) o H) r = rowsum over outputs of (H_out Q) o (W H).
+    """
+    weighted = quantized_OI
+    if outputs is not None:
+        parts = quantized_OI.split([len(output_OO) for output_OO in outputs])
+        weighted = torch.cat([output_OO @ part for output_OO, part in zip(outputs, parts, strict=True)])
+    gram = (weighted.T @ quantized_OI).to(torch.float64) * hessian_II.to(torch.float64)
+    return _ridge_solution(gram, (weighted * (weight_OI @ hessian_II)).sum(0, dtype=torch.float64), COLUMN_RIDGE)
+
+
+def _ridge_solution(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
+    """float32 solution of normal equations, pulled towards 1, not 0: what the data say nothing about keeps its scale."""
+    gram, right = gram.to(torch.float64), right.to(torch.float64)
     mean = gram.diagonal().mean()
     if not float(mean) > 0:
         return torch.ones_like(right, dtype=torch.float32)
-    # The ridge pulls towards 1, not 0: an input that the data say nothing about keeps its scale.
-    gram.diagonal().add_(COLUMN_RIDGE * mean)
-    right += COLUMN_RIDGE * mean
-    solution = torch.linalg.solve(gram, right)
-    return solution.to(torch.float32)
+    gram.diagonal().add_(ridge * mean)
+    return torch.linalg.solve(gram, right + ridge * mean).to(torch.float32)
 
 
 def refit_scales(
-    weight_OI: torch.Tensor, quantized_OI: torch.Tensor, hessian_II: torch.Tensor, rounds: int = REFIT_ROUNDS
+    weight_OI: torch.Tensor,
+    quantized_OI: torch.Tensor,
+    hessian_II: torch.Tensor,
+    rounds: int = REFIT_ROUNDS,
+    outputs: Outputs = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Alternate the two halves; float32 in, (rows [O], columns [I]) out.
 
@@ -45,7 +82,7 @@ def refit_scales(
     rows = torch.ones(len(weight_OI), device=weight_OI.device)
     columns = torch.ones(weight_OI.shape[1], device=weight_OI.device)
     for _ in range(rounds):
-        rows = refit_rows(weight_OI, quantized_OI * columns, hessian_II)
-        columns = refit_columns(weight_OI, rows[:, None] * quantized_OI, hessian_II)
-    rows = refit_rows(weight_OI, quantized_OI * columns, hessian_II)
+        rows = refit_rows(weight_OI, quantized_OI * columns, hessian_II, outputs)
+        columns = refit_columns(weight_OI, rows[:, None] * quantized_OI, hessian_II, outputs)
+    rows = refit_rows(weight_OI, quantized_OI * columns, hessian_II, outputs)
     return rows, columns

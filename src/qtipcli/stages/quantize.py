@@ -1,15 +1,16 @@
 """Owns the quantize stage: every linear of every decoder block rounded to its trellis, one shard a block.
 
 A shard holds, for each layer, `<name>.trellis`, `<name>.scale_in`, `<name>.scale_out` (docs/format.md). With a quantized
-prefix the stage makes its own Hessians, block by block; otherwise it reads those of the calibrate stage. With block tuning
-each block is tuned before the next is rounded, and its shard also holds the norms and biases that were trained.
+prefix the stage makes its own Hessians, layer after layer, and corrects each layer for what rounding did to its input;
+otherwise it reads those of the calibrate stage. With block tuning each block is tuned before the next is rounded, and its shard
+also holds the norms and biases that were trained.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
-from qtipcli.model.inputs import BlockInput, capture_first_inputs
-from qtipcli.model.linears import HessianRecorder, InputGroup, find_linears, unsupported
+from qtipcli.model.linears import find_linears, unsupported
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource, check_finite
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
+from qtipcli.quant.correction import corrected
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
 from qtipcli.quant.transform import Transform
-from qtipcli.stages import calibrate
+from qtipcli.stages import calibrate, streams
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.load import default_device
+from qtipcli.stages.prefix import Moments, Prefix
 from qtipcli.stages.progress import Silent, Watcher
-from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
+from qtipcli.stages.tune_blocks import DEFAULT_MEMORY_GIB, BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
 from qtipcli_kernels.spec import TrellisSpec
 
@@ -98,19 +100,27 @@ class _Quantizer:
         if missing and self.settings.tune_blocks is not None:
             self._run_tuned(missing, self.settings.tune_blocks)
             return
-        batches: list[BlockInput] = []
-        if missing and self.settings.quantized_prefix:
-            tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
-            rows = max(1, calibrate.BATCH_TOKENS // tokens.shape[1])
-            batches = capture_first_inputs(self.skeleton, tokens, rows)
-        for index in blocks:
-            checkpoint()
-            if index in missing:
-                self.job.commit(block_key(index), *self._round_block(index, batches))
-                self.watcher.advance(self.skeleton.blocks[index][0])
-            if missing and self.settings.quantized_prefix and index < missing[-1]:
-                self._forward_quantized(index, batches)
-            self.skeleton.release(index)
+        prefix = self._start_prefix() if missing and self.settings.quantized_prefix else None
+        try:
+            for index in blocks:
+                checkpoint()
+                if index in missing:
+                    self.job.commit(block_key(index), *self._round_block(index, prefix))
+                    self.watcher.advance(self.skeleton.blocks[index][0])
+                if prefix is not None and index < missing[-1]:
+                    self.skeleton.materialize(index)
+                    prefix.advance(index, self._stored_matrices(index))
+                self.skeleton.release(index)
+        finally:
+            if prefix is not None:
+                prefix.close()
+
+    def _start_prefix(self) -> Prefix:
+        tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
+        batches = tokens.split(max(1, calibrate.BATCH_TOKENS // tokens.shape[1]))
+        names = ("original", "quantized")
+        both, calls = streams.start(self.skeleton, batches, names, self.job.path, DEFAULT_MEMORY_GIB, self.watcher)
+        return Prefix(self.skeleton, *both, calls, tokens[:1])
 
     def _run_tuned(self, missing: list[int], settings: BlockTuning) -> None:
         """Round a block, tune it, and round the next one behind it."""
@@ -124,7 +134,7 @@ class _Quantizer:
                     stored, tuned = self.job.read(block_key(index)), self.job.report(block_key(index))["tuned"]
                     tuner.skip(index, self._stored_layers(index, stored), {name: stored[name] for name in tuned})
                     continue
-                tensors, report = self._round_block(index, tuner.inputs() if self.settings.quantized_prefix else ())
+                tensors, report = self._round_block(index, tuner.prefix if self.settings.quantized_prefix else None)
                 prefix, block = self.skeleton.blocks[index]
                 vectors = [f"{prefix}.{name}" for name, parameter in block.named_parameters() if parameter.ndim == 1]
                 dtypes = {name: self.skeleton.read(name).dtype for name in vectors if self.skeleton.holds(name)}
@@ -139,54 +149,56 @@ class _Quantizer:
     def _stored_layers(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, TrellisLinear]:
         return _packed_layers(self.job.report(block_key(index))["layers"], tensors)
 
-    def _round_block(self, index: int, batches: Iterable[BlockInput]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(what the shard holds, its report). batches: the quantized prefix's output, where Hessians are made from it."""
-        prefix = self.skeleton.blocks[index][0]
-        linears = {f"{prefix}.{name}": linear for name, linear in find_linears(self.skeleton.materialize(index)).items()}
+    def _stored_matrices(self, index: int) -> dict[str, torch.Tensor]:
+        """Full name -> the dense matrix that the stored layer stands for, for those of block `index`."""
+        stored = self._stored_layers(index, self.job.read(block_key(index)))
+        return {name: layer.to(self.skeleton.device).weight_dense() for name, layer in stored.items()}
+
+    def _round_block(self, index: int, prefix: Prefix | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(what the shard holds, its report). prefix: where the block's inputs come from; None for the calibrate stage's."""
+        stem = f"{self.skeleton.blocks[index][0]}."
+        linears = {f"{stem}{name}": linear for name, linear in find_linears(self.skeleton.materialize(index)).items()}
         tensors: dict[str, torch.Tensor] = {}
         layers: dict[str, Any] = {}
         left: dict[str, str] = {}
-        for names, tokens, hessian_II in self._hessians(index, batches):
+        rounded: dict[str, torch.Tensor] = {}
+        for names in [group["names"] for group in self.calibration.report(block_key(index))["groups"]]:
             chosen = [name for name in names if not _matches(name, self.settings.skip)]
             left |= {name: "skipped by the settings" for name in names if name not in chosen}
-            if not tokens:
-                left |= dict.fromkeys(chosen, "never called in calibration")
-                continue
             if not chosen:
                 continue
+            moments = self._moments(index, names, prefix, rounded)
+            if not moments.tokens:
+                left |= dict.fromkeys(chosen, "never called in calibration")
+                continue
             started = time.monotonic()
-            packed = self._round({name: linears[name].weight for name in chosen}, hessian_II)
+            packed = self._round({name: linears[name].weight for name in chosen}, moments)
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
-                tensors |= {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
-                layers[name] = self._report(name, matrix, linears[name])
+                stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
+                layers[name] = self._report(name, matrix, linears[name], moments)
                 self._announce(name, layers[name], seconds)
+                if prefix is not None:
+                    layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
+                    rounded[name] = layer.weight_dense()
+                tensors |= stored
         return tensors, {"layers": layers, "left": left}
 
-    def _hessians(self, index: int, batches: Iterable[BlockInput]) -> Iterator[tuple[list[str], int, torch.Tensor]]:
-        """(full names of a group, tokens, Hessian float32 [I, I]) for each group of block `index`."""
-        groups = self.calibration.report(block_key(index))["groups"]
-        if not self.settings.quantized_prefix:
-            self.calibration.verify(block_key(index))
-            with self.calibration.open_shard(block_key(index)) as shard:
-                for group in groups:
-                    yield group["names"], group["tokens"], shard.get_tensor(group["names"][0]).to(self.skeleton.device)
-            return
-        prefix, block = self.skeleton.blocks[index]
-        linears = find_linears(block)
-        short = [tuple(name.removeprefix(f"{prefix}.") for name in group["names"]) for group in groups]
-        known = [InputGroup(names, linears[names[0]].in_features) for names in short]
-        with HessianRecorder(block, known) as recorder:
-            for batch in batches:
-                calibrate.run_block(self.skeleton, index, batch)
-        means = recorder.hessians()
-        for group, names in zip(groups, short, strict=True):
-            hessian_II, tokens = means[names[0]]
-            yield group["names"], tokens, hessian_II
+    def _moments(self, index: int, names: list[str], prefix: Prefix | None, rounded: Mapping[str, torch.Tensor]) -> Moments:
+        """Of the input of the group `names` (full names) of block `index`."""
+        if prefix is not None:
+            return prefix.moments(index, names, rounded)
+        key = block_key(index)
+        self.calibration.verify(key)
+        tokens = next(group["tokens"] for group in self.calibration.report(key)["groups"] if group["names"] == names)
+        with self.calibration.open_shard(key) as shard:
+            return Moments(shard.get_tensor(names[0]).to(self.skeleton.device), tokens, {})
 
-    def _round(self, weights: Mapping[str, torch.Tensor], hessian_II: torch.Tensor) -> dict[str, PackedMatrix]:
+    def _round(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, PackedMatrix]:
         for name, weight in weights.items():
             check_finite(f"{name}.weight", weight)
+        missing = {name: moments.missing[name] for name in weights if name in moments.missing}
+        weights = {**weights, **{name: corrected(weights[name], moments.hessian_II, m) for name, m in missing.items()}}
         settings = RoundingSettings(
             Transform.parse(self.settings.transform),
             self.settings.damping,
@@ -198,7 +210,7 @@ class _Quantizer:
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, hessian_II, specs, settings, luts)
+        return round_group(weights, moments.hessian_II, specs, settings, luts)
 
     def _spec(self, name: str) -> TrellisSpec:
         override = next((value for pattern, value in self.settings.layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
@@ -214,7 +226,7 @@ class _Quantizer:
         lut = self._lut(self._spec(name))
         return stored if lut is None else stored | {"lut": lut}
 
-    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear) -> dict[str, Any]:
+    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear, moments: Moments) -> dict[str, Any]:
         """What the ledger keeps of a layer; nothing in it depends on the clock."""
         spec = self._spec(name)
         return {
@@ -230,6 +242,7 @@ class _Quantizer:
             "scale": matrix.scale,
             "damping": matrix.damping,
             "dead_inputs": matrix.dead_inputs,
+            "corrected": name in moments.missing,
         }
 
     def _announce(self, name: str, report: Mapping[str, Any], seconds: float) -> None:
@@ -247,14 +260,6 @@ class _Quantizer:
             self.watcher.note(f"{name}: damping raised from {self.settings.damping:g} to {report['damping']:g}")
         if report["dead_inputs"]:
             self.watcher.note(f"{name}: {report['dead_inputs']} of {columns} inputs were always zero in calibration")
-
-    def _forward_quantized(self, index: int, batches: list[BlockInput]) -> None:
-        """Take the batches through block `index` as it was stored."""
-        block = self.skeleton.materialize(index)
-        prefix = self.skeleton.blocks[index][0]
-        for name, layer in self._stored_layers(index, self.job.read(block_key(index))).items():
-            block.get_submodule(name.removeprefix(f"{prefix}.")).weight.data = layer.to(self.skeleton.device).weight_dense()
-        calibrate.forward(self.skeleton, index, batches)
 
     def _refuse_unused_patterns(self) -> None:
         names = [f"{prefix}.{name}" for prefix, block in self.skeleton.blocks for name in find_linears(block)]

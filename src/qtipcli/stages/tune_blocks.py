@@ -7,7 +7,8 @@ of it. A block is trained to answer the quantized stream as the original block a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from qtipcli.config import BlockTuning
 from qtipcli.errors import SettingsError
 from qtipcli.job.interrupt import checkpoint
-from qtipcli.model.inputs import BlockInput, run_block, through_block
+from qtipcli.model.inputs import run_block, through_block
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
 from qtipcli.stages import streams
+from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Watcher
 from qtipcli.tune.activations import Activations
 from qtipcli.tune.descent import Descent, largest_divisor, order
@@ -75,14 +77,15 @@ class BlockTuner:
         train, held = tokens[:-heldout].split(micro), tokens[-heldout:].split(micro)
         self._train, self._held = range(len(train)), range(len(train), len(train) + len(held))
         self._per_step = settings.batch // micro
+        self._row = tokens[:1]
         names = ("original", "quantized")
         both, self._calls = streams.start(skeleton, [*train, *held], names, directory, memory_gib, watcher)
         self.original, self.quantized = both
 
-    def inputs(self) -> Iterator[BlockInput]:
-        """What the next block gets in the quantized model, batch by batch."""
-        for index in range(len(self.quantized)):
-            yield streams.batch_at(self.quantized, self._calls, index)
+    @cached_property
+    def prefix(self) -> Prefix:
+        """Both streams as the next block gets them."""
+        return Prefix(self.skeleton, self.original, self.quantized, self._calls, self._row)
 
     def tune(
         self, index: int, layers: Mapping[str, TrellisLinear], others: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
