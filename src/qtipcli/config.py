@@ -105,7 +105,8 @@ class QuantizeSettings(_Strict):
     transform: "full" or "block-N". damping: share of the Hessian's mean diagonal added to it.
     refit: closed-form row and column scales after rounding. scale: rms of the weights over rms of the code, None for the
     table's. search: refine that ratio for each matrix. fast: the encoder's shorter first pass.
-    quantized_prefix: calibrate each block on what the blocks before it give once quantized.
+    quantized_prefix: round each layer on what the layers before it give once quantized, and correct it for the difference.
+    two_sided: weigh errors by what the loss makes of each layer's outputs, too.
     tune_blocks: tune each block as soon as it is rounded, on the calibration windows; the next block sees the tuned one.
     seed: of the random signs. skip: patterns of layers left as they are. layers: pattern -> other settings, first match wins.
     Patterns are those of the shell (fnmatch), on full names such as "model.layers.0.self_attn.v_proj".
@@ -120,7 +121,8 @@ class QuantizeSettings(_Strict):
     scale: float | None = Field(None, gt=0)
     search: bool = True
     fast: bool = False
-    quantized_prefix: bool = False
+    quantized_prefix: bool = True
+    two_sided: bool = False
     tune_blocks: BlockTuning | None = None
     seed: int = Field(0, ge=0)
     skip: tuple[str, ...] = ()

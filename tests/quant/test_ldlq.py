@@ -1,6 +1,7 @@
 """The block factorisation, LDLQ and the damping ladder.
 
-Oracles: H itself; a loop over block columns written from the formula of QuIP# section 4; rounding without feedback.
+Oracles: H itself; a loop over block columns written from the formula of QuIP# section 4; for a Hessian on each side a loop over
+tiles; rounding without feedback.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from qtipcli.quant.hessian import damp
-from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq
+from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq, round_two_sided
 from qtipcli.quant.scale import tile_rounder
 from qtipcli_kernels.codes import tabulate
 from qtipcli_kernels.packing import matrix_from_tiles
@@ -72,6 +73,49 @@ def test_an_identity_hessian_needs_no_feedback() -> None:
     _, rounded = round_ldlq(weight, block_ldl(damp(torch.eye(48), 1e-2).cholesky_II).float(), trellis)
     _, plain = round_ldlq(weight, torch.eye(48), trellis)
     assert torch.equal(rounded, plain)
+
+
+def factor(size: int, seed: int = 0) -> torch.Tensor:
+    return block_ldl(damp(correlated_hessian(size, seed), 1e-2).cholesky_II).float()
+
+
+@pytest.mark.parametrize("size", [(48, 64), (64, 32), (16, 48), (48, 16), (16, 16)])
+def test_rounding_under_two_hessians_is_the_loop_of_its_formula(size: tuple[int, int]) -> None:
+    rows, columns = size
+    weight = gaussian(rows, columns) * 5
+    lower_in, lower_out = factor(columns), factor(rows, seed=7)
+    states, rounded = round_two_sided(weight, lower_in, lower_out, to_integers)
+    error = torch.zeros(rows, columns, dtype=torch.float64)
+    # F = L_out^T E L_in: with the tile's own error still zero, its F is what the tiles after it leave there.
+    for row in reversed(range(rows // TILE)):
+        for column in reversed(range(columns // TILE)):
+            tile = slice(TILE * row, TILE * row + TILE), slice(TILE * column, TILE * column + TILE)
+            left_over = (lower_out.double().T @ error @ lower_in.double())[tile]
+            own = weight[tile].double()
+            error[tile] = own - (own + left_over).round()
+    assert torch.equal(rounded.double(), weight.double() - error)
+    assert states.shape == (rows // TILE, columns // TILE, 256)
+    assert torch.equal(matrix_from_tiles(states.reshape(-1, 256), rows, columns).float(), rounded)
+
+
+def test_an_identity_on_the_output_side_is_ldlq() -> None:
+    weight, lower = gaussian(48, 64), factor(64)
+    states, rounded = round_two_sided(weight, lower, torch.eye(48), trellis)
+    expected_states, expected = round_ldlq(weight, lower, trellis)
+    assert torch.equal(states, expected_states)
+    assert torch.equal(rounded, expected)
+
+
+def test_feedback_from_both_sides_beats_that_from_one() -> None:
+    weight, hessian, output = gaussian(64, 64), correlated_hessian(64), correlated_hessian(64, seed=3)
+
+    def loss(rounded: torch.Tensor) -> float:
+        error = (weight - rounded).double()
+        return float(((output.double() @ error @ hessian.double()) * error).sum())
+
+    _, both = round_two_sided(weight, factor(64), factor(64, seed=3), trellis)
+    _, one = round_ldlq(weight, factor(64), trellis)
+    assert loss(both) < 0.5 * loss(one)
 
 
 def test_relative_proxy_loss_is_the_ratio_of_the_outputs_errors() -> None:

@@ -32,6 +32,39 @@ def test_column_scales_are_those_of_least_squares_on_all_outputs() -> None:
     torch.testing.assert_close(refit_columns(WEIGHT, ROUNDED, HESSIAN), expected, rtol=1e-3, atol=1e-4)
 
 
+OUTPUTS = [gaussian(8, 8, seed=4), gaussian(16, 16, seed=5)]
+OUTPUT_HESSIANS = [root @ root.T for root in OUTPUTS]
+
+
+def test_coupled_row_scales_are_those_of_least_squares_behind_the_outputs() -> None:
+    # |root^T (W - diag(c) Q) x|^2 summed over x and layers; each layer's design has one column for each of its rows.
+    expected = []
+    for part, root in ((slice(0, 8), OUTPUTS[0]), (slice(8, 24), OUTPUTS[1])):
+        design = torch.einsum("ok,on->nko", root, ROUNDED[part] @ INPUTS.T).reshape(-1, len(root)).double()
+        target = torch.einsum("ok,on->nk", root, WEIGHT[part] @ INPUTS.T).reshape(-1, 1).double()
+        expected.append(torch.linalg.lstsq(design, target).solution[:, 0])
+    found = refit_rows(WEIGHT, ROUNDED, HESSIAN, OUTPUT_HESSIANS)
+    # The ridge moves the solution by its own size where the Hessian says little.
+    torch.testing.assert_close(found, torch.cat(expected).float(), rtol=2e-2, atol=2e-2)
+
+
+def test_column_scales_behind_outputs_are_those_of_least_squares() -> None:
+    designs, targets = [], []
+    for part, root in ((slice(0, 8), OUTPUTS[0]), (slice(8, 24), OUTPUTS[1])):
+        designs.append(torch.einsum("ok,oi,ni->nki", root, ROUNDED[part], INPUTS).reshape(-1, 32).double())
+        targets.append(torch.einsum("ok,on->nk", root, WEIGHT[part] @ INPUTS.T).reshape(-1, 1).double())
+    expected = torch.linalg.lstsq(torch.cat(designs), torch.cat(targets)).solution[:, 0].float()
+    found = refit_columns(WEIGHT, ROUNDED, HESSIAN, OUTPUT_HESSIANS)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_identities_on_the_output_side_change_nothing() -> None:
+    plain = refit_scales(WEIGHT, ROUNDED, HESSIAN)
+    with_identities = refit_scales(WEIGHT, ROUNDED, HESSIAN, outputs=[torch.eye(8), torch.eye(16)])
+    for found, expected in zip(with_identities, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_refit_never_raises_the_loss(seed: int) -> None:
     weight, hessian = gaussian(40, 48, seed=seed), correlated_hessian(48, seed=seed)

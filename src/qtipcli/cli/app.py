@@ -55,6 +55,7 @@ def calibrate(
     samples: options.Samples = None,
     context: options.Context = None,
     seed: options.Seed = None,
+    two_sided: Annotated[bool, typer.Option("--two-sided", help="One of each layer's outputs, too: a pass back.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -66,7 +67,7 @@ def calibrate(
     settings = settings_from(CalibrationSettings, options.given(data=data, samples=samples, context=context, seed=seed))
     source = ModelSource.open(model, revision, trust_remote_code)
     with Display() as display:
-        directory = calibrate.run(source, settings, out or pipeline.hessians_directory(source), force, display)
+        directory = calibrate.run(source, settings, out or pipeline.hessians_directory(source), force, display, two_sided)
     print(directory)
 
 
@@ -93,7 +94,13 @@ def quantize(
     search: Annotated[bool | None, typer.Option("--search/--no-search", help="Search each matrix's best scale.")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit row and column scales.")] = None,
     quantized_prefix: Annotated[
-        bool | None, typer.Option("--quantized-prefix/--original-prefix", help="Calibrate on already quantized blocks.")
+        bool | None,
+        typer.Option(
+            "--quantized-prefix/--original-prefix", help="Round each layer on, and for, what the rounded ones give it."
+        ),
+    ] = None,
+    two_sided: Annotated[
+        bool | None, typer.Option("--two-sided/--one-sided", help="Weigh errors by the loss behind each layer, too.")
     ] = None,
     tune_blocks: Annotated[bool, typer.Option("--tune-blocks", help="Tune each block once it is rounded.")] = False,
     fast: Annotated[
@@ -109,7 +116,7 @@ def quantize(
     chosen = options.preset_of(preset)
     settings = options.quantize_settings(
         chosen, layer or [], bits=bits, code=code, state_bits=state_bits, transform=transform, damping=damping, refit=refit,
-        scale=scale, search=search, fast=fast, quantized_prefix=quantized_prefix, seed=seed, skip=skip,
+        scale=scale, search=search, fast=fast, quantized_prefix=quantized_prefix, two_sided=two_sided, seed=seed, skip=skip,
         tune_blocks=(chosen.quantize.tune_blocks or BlockTuning()).model_dump() if tune_blocks else None,
     )  # fmt: skip
     calibration = chosen.calibrate.model_dump(exclude_defaults=True) | options.given(

@@ -147,9 +147,11 @@ class AfterBlocks:
         self._skeleton = skeleton
         self._returns = _learn_returns(skeleton, row[:, :_PROBE_TOKENS])
 
-    @torch.no_grad()
     def logits(self, rows: Tensor, hidden: Tensor) -> Tensor:
-        """[rows, context, vocabulary] for token ids int64 [rows, context] and what the last block returns for them."""
+        """[rows, context, vocabulary] for token ids int64 [rows, context] and what the last block returns for them.
+
+        They have a gradient where `hidden` asks for one.
+        """
         blocks = [block for _, block in self._skeleton.blocks]
         try:
             for block in blocks:

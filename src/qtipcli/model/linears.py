@@ -152,6 +152,49 @@ class HessianRecorder:
         self.tokens[name] += x_NI.shape[0]
 
 
+class OutputRecorder:
+    """Sums g g^T over the gradients g of the outputs of linears, while it is entered as a context.
+
+    Chunks of at most 2,048 tokens are added in the order in which gradients arrive, in float32, on their device.
+
+    Args:
+        block: a materialized block.
+
+    Attributes:
+        sums: name of each linear that had a gradient -> sum of g g^T, float32 [O, O]. tokens: name -> number of g summed.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._linears = find_linears(block)
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> OutputRecorder:
+        for name, linear in self._linears.items():
+
+            def hook(_: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: self._add(name, gradient))
+
+            self._handles.append(linear.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        g_NO = gradient.detach().reshape(-1, gradient.shape[-1])
+        total = self.sums.get(name)
+        if total is None:
+            total = self.sums[name] = torch.zeros(g_NO.shape[1], g_NO.shape[1], device=g_NO.device)
+        for chunk_NO in g_NO.split(CHUNK_TOKENS):
+            chunk_NO = chunk_NO.to(torch.float32)
+            total.addmm_(chunk_NO.T, chunk_NO)
+        self.tokens[name] = self.tokens.get(name, 0) + len(g_NO)
+
+
 @contextmanager
 def watched(linears: dict[str, nn.Linear], note: Any) -> Iterator[None]:
     """Calls `note(name, input)` before each call of the given linears."""

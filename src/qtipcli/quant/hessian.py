@@ -1,6 +1,5 @@
 """Owns what happens to a Hessian before it is factored: dead inputs, damping, and the ladder that never gives up."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -51,23 +50,3 @@ def damp(hessian_II: torch.Tensor, damping: float) -> DampedHessian:
         if not int(failed):
             return DampedHessian(damped, factor, level, damping, dead)
         level = max(level * DAMPING_STEP, SMALLEST_RETRY_DAMPING)
-
-
-@dataclass(frozen=True, slots=True)
-class OutputHessian:
-    """What the loss makes of errors in a layer's outputs.
-
-    hessian_OO: float32 [O, O], E[g g^T] of the gradient g of the loss with respect to the layer's output at a token.
-    damping: share of its mean diagonal to add before it is factored; infinity leaves nothing but that diagonal, which is
-    rounding without it.
-    """
-
-    hessian_OO: torch.Tensor
-    damping: float
-
-    def damped(self) -> DampedHessian:
-        """As `damp` does it."""
-        if math.isfinite(self.damping):
-            return damp(self.hessian_OO, self.damping)
-        mean = self.hessian_OO.diagonal().mean(dtype=torch.float64)
-        return damp(mean * torch.eye(len(self.hessian_OO), dtype=torch.float64, device=self.hessian_OO.device), 0.0)

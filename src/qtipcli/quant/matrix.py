@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from qtipcli.quant.hessian import DampedHessian, OutputHessian, damp
+from qtipcli.quant.hessian import DampedHessian, damp
 from qtipcli.quant.incoherence import random_signs, rotate_hessian, rotate_weight, rotate_weight_back
 from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq, round_two_sided
+from qtipcli.quant.output_side import OutputHessian
 from qtipcli.quant.refit import refit_scales
 from qtipcli.quant.scale import rms, search_scale, source_scale, tile_rounder
 from qtipcli.quant.transform import Transform

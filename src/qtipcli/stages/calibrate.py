@@ -2,6 +2,7 @@
 
 The run directory holds the shard `tokens` and one shard for each block, `block-00000` and on, with a float32 [I, I] Hessian for
 each group of linears that share an input, under the group's first name. Blocks are streamed: one is in memory at a time.
+Asked for both sides, it also holds `outputs-00000` and on, with a float32 [O, O] Hessian for each linear.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qtipcli.model.inputs import BlockInput, capture_first_inputs, run_block
 from qtipcli.model.linears import HessianRecorder, input_groups
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
+from qtipcli.stages import backward, streams
 from qtipcli.stages.load import default_device
 from qtipcli.stages.progress import Silent, Watcher
 
@@ -73,9 +75,11 @@ def run(
     directory: Path,
     force: bool = False,
     watcher: Watcher | None = None,
+    two_sided: bool = False,
 ) -> Path:
     """Fill `directory` with the model's proxy Hessians, going on where an earlier run stopped; returns it.
 
+    two_sided: with those of the layers' outputs, which a directory without them is given; nothing else in it changes.
     Raises MismatchError where it holds another job, StoppedError after Ctrl-C, and what reading model and data raises.
     """
     watcher = watcher or Silent()
@@ -93,13 +97,25 @@ def run(
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         if not job.done(TOKENS):
             job.commit(TOKENS, {TOKENS: windows.tokens}, {"rows": windows.rows, "context": windows.context})
-        _record_blocks(source, windows.tokens, job, watcher)
+        skeleton = Skeleton(source, device=default_device())
+        for note in skeleton.notes:
+            watcher.note(note)
+        _record_blocks(skeleton, windows.tokens, job, watcher)
+        if two_sided:
+            backward.run(skeleton, windows.tokens, settings.seed, job, watcher, streams.DEFAULT_MEMORY_GIB)
     return directory
 
 
-def is_complete(job: RunDirectory, skeleton: Skeleton) -> bool:
-    """Whether every decoder block's Hessians are there."""
-    return all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
+def is_complete(job: RunDirectory, skeleton: Skeleton, two_sided: bool) -> bool:
+    """Whether every decoder block's Hessians are there, with `two_sided` those of outputs too."""
+    inputs = all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
+    return inputs and not (two_sided and backward.missing_blocks(job, len(skeleton.blocks)))
+
+
+def has_output_side(job: RunDirectory) -> bool:
+    """Whether the Hessians of outputs are there for as many blocks as those of inputs."""
+    keys = job.keys()
+    return sum(key.startswith("outputs-") for key in keys) == sum(key.startswith("block-") for key in keys) > 0
 
 
 def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
@@ -108,10 +124,7 @@ def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
         batch.hidden = run_block(skeleton, index, batch)
 
 
-def _record_blocks(source: ModelSource, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher) -> None:
-    skeleton = Skeleton(source, device=default_device())
-    for note in skeleton.notes:
-        watcher.note(note)
+def _record_blocks(skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher) -> None:
     missing = [index for index in range(len(skeleton.blocks)) if not job.done(block_key(index))]
     watcher.begin("calibrate", len(skeleton.blocks), len(skeleton.blocks) - len(missing))
     if not missing:

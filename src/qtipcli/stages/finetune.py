@@ -26,8 +26,9 @@ from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.load import default_device
 from qtipcli.stages.packed import PackedDirectory
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.teacher import Teacher
-from qtipcli.stages.tune_blocks import DEFAULT_MEMORY_GIB, BlockTuner
+from qtipcli.stages.tune_blocks import BlockTuner
 
 BLOCKS_STAGE, END_STAGE = "finetune-blocks", "finetune-end"
 VERDICT = "verdict"

@@ -50,7 +50,7 @@ def quantize_model(
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
-    _calibrate(source, calibration, hessians, force, watcher)
+    _calibrate(source, calibration, hessians, force, watcher, settings.two_sided)
     quantize.run(source, settings, hessians, job, force, watcher)
     return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
 
@@ -59,18 +59,20 @@ def _is_packed(job: Path, out: Path) -> bool:
     return (job / "job.json").is_file() and pack.packed_from(out, RunDirectory.load(job, quantize.STAGE))
 
 
-def _calibrate(source: ModelSource, asked: Mapping[str, Any], directory: Path, force: bool, watcher: Watcher) -> None:
+def _calibrate(
+    source: ModelSource, asked: Mapping[str, Any], directory: Path, force: bool, watcher: Watcher, two_sided: bool
+) -> None:
     found = _found_hessians(directory, force)
     settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
     if found is not None:
         is_same = settings.model_dump() == found.settings and found.fingerprint["model"] == fingerprint_model(source.directory)
         is_whole = not force or not found.damaged()
-        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source)):
+        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source), two_sided):
             # Finished Hessians do not need their text any more: it may have been moved.
             watcher.note(f"the Hessians in {directory} are used")
             return
     try:
-        calibrate.run(source, settings, directory, force, watcher)
+        calibrate.run(source, settings, directory, force, watcher, two_sided)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"

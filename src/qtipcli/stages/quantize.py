@@ -9,6 +9,7 @@ also holds the norms and biases that were trained.
 from __future__ import annotations
 
 import fnmatch
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,13 +29,14 @@ from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
 from qtipcli.quant.correction import corrected
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
+from qtipcli.quant.output_side import OutputHessian
 from qtipcli.quant.transform import Transform
-from qtipcli.stages import calibrate, streams
+from qtipcli.stages import backward, calibrate, streams
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.load import default_device
 from qtipcli.stages.prefix import Moments, Prefix
 from qtipcli.stages.progress import Silent, Watcher
-from qtipcli.stages.tune_blocks import DEFAULT_MEMORY_GIB, BlockTuner, packed_layer
+from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
 from qtipcli_kernels.spec import TrellisSpec
 
@@ -70,6 +72,8 @@ def run(
         "calibration": fingerprint_text(repr(calibration.settings), repr(calibration.fingerprint)),
         "versions": fingerprint_versions(),
     }
+    if settings.two_sided and not calibrate.has_output_side(calibration):
+        raise QtipError(f"{hessians} has no Hessians of outputs", "qtip calibrate --two-sided, or quantize with --one-sided")
     frozen = settings.model_dump()
     if settings.tune_blocks is None:
         del frozen["tune_blocks"]  # jobs that were started before there was tuning go on
@@ -119,7 +123,7 @@ class _Quantizer:
         tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
         batches = tokens.split(max(1, calibrate.BATCH_TOKENS // tokens.shape[1]))
         names = ("original", "quantized")
-        both, calls = streams.start(self.skeleton, batches, names, self.job.path, DEFAULT_MEMORY_GIB, self.watcher)
+        both, calls = streams.start(self.skeleton, batches, names, self.job.path, streams.DEFAULT_MEMORY_GIB, self.watcher)
         return Prefix(self.skeleton, *both, calls, tokens[:1])
 
     def _run_tuned(self, missing: list[int], settings: BlockTuning) -> None:
@@ -172,7 +176,7 @@ class _Quantizer:
                 left |= dict.fromkeys(chosen, "never called in calibration")
                 continue
             started = time.monotonic()
-            packed = self._round({name: linears[name].weight for name in chosen}, moments)
+            packed = self._round(index, {name: linears[name].weight for name in chosen}, moments)
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
@@ -194,7 +198,7 @@ class _Quantizer:
         with self.calibration.open_shard(key) as shard:
             return Moments(shard.get_tensor(names[0]).to(self.skeleton.device), tokens, {})
 
-    def _round(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, PackedMatrix]:
+    def _round(self, index: int, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, PackedMatrix]:
         for name, weight in weights.items():
             check_finite(f"{name}.weight", weight)
         missing = {name: moments.missing[name] for name in weights if name in moments.missing}
@@ -210,7 +214,25 @@ class _Quantizer:
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, moments.hessian_II, specs, settings, luts)
+        return round_group(weights, moments.hessian_II, specs, settings, luts, self._outputs(index, list(weights)))
+
+    def _outputs(self, index: int, names: list[str]) -> dict[str, OutputHessian] | None:
+        """Hessians of the outputs of a group's layers; None where they are not asked for, or one had no gradients."""
+        key = backward.output_key(index)
+        if not self.settings.two_sided:
+            return None
+        layers = self.calibration.report(key)["layers"]
+        if not all(name in layers for name in names):
+            return None
+        self.calibration.verify(key)
+        with self.calibration.open_shard(key) as shard:
+            return {
+                name: OutputHessian(
+                    shard.get_tensor(name).to(self.skeleton.device),
+                    math.inf if layers[name]["damping"] is None else layers[name]["damping"],
+                )
+                for name in names
+            }
 
     def _spec(self, name: str) -> TrellisSpec:
         override = next((value for pattern, value in self.settings.layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
@@ -243,6 +265,7 @@ class _Quantizer:
             "damping": matrix.damping,
             "dead_inputs": matrix.dead_inputs,
             "corrected": name in moments.missing,
+            "divergence": matrix.divergence,
         }
 
     def _announce(self, name: str, report: Mapping[str, Any], seconds: float) -> None:

@@ -14,6 +14,9 @@ from qtipcli.model.skeleton import Skeleton
 from qtipcli.stages.progress import Watcher
 from qtipcli.tune.activations import Activations
 
+DEFAULT_MEMORY_GIB = 4.0
+"""Activations beyond this go to a file."""
+
 CAPTURE_BYTES = 512 << 20
 """Of hidden states that are captured in front of the first block before they are stored."""
 

@@ -33,9 +33,6 @@ from qtipcli.tune.parameters import Rates, Trained
 MICRO_TOKENS = 4096
 """Tokens that go through a block with gradients at once; more rows to a step are taken one after the other."""
 
-DEFAULT_MEMORY_GIB = 4.0
-"""Activations beyond this go to a file."""
-
 
 def packed_layer(layout: PackedLayout, tensors: Mapping[str, Tensor]) -> TrellisLinear:
     """A layer with these parts (`trellis`, `scale_in`, `scale_out`, `lut`, `bias`), on the CPU."""
@@ -65,7 +62,7 @@ class BlockTuner:
         settings: BlockTuning,
         directory: Path,
         watcher: Watcher,
-        memory_gib: float = DEFAULT_MEMORY_GIB,
+        memory_gib: float = streams.DEFAULT_MEMORY_GIB,
     ) -> None:
         if not 0 < heldout < len(tokens):
             raise SettingsError(

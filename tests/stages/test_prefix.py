@@ -1,0 +1,97 @@
+"""What the quantized prefix knows of a layer. Oracle: hooks on two whole models, the original and one that is changed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qtipcli.errors import QtipError
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import ModelSource
+from qtipcli.stages import streams
+from qtipcli.stages.prefix import Prefix
+from qtipcli.stages.progress import Silent
+
+BLOCK = "model.layers.1"
+TOKENS = torch.randint(1, 3072, (5, 24), generator=torch.Generator().manual_seed(3))
+
+
+def changed(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    weights = {name: model.get_submodule(name).weight.data for name in names}
+    return {name: weight + 0.05 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
+
+
+def at_second_block(model: Path, tmp_path: Path, first_block: dict[str, torch.Tensor]) -> Prefix:
+    skeleton = Skeleton(ModelSource.open(model))
+    both, calls = streams.start(skeleton, TOKENS.split(2), ("original", "quantized"), tmp_path, 1.0, Silent())
+    prefix = Prefix(skeleton, *both, calls, TOKENS[:1])
+    skeleton.materialize(0)
+    prefix.advance(0, first_block)
+    skeleton.release(0)
+    skeleton.materialize(1)
+    return prefix
+
+
+def seen(model: torch.nn.Module, name: str, what: str) -> torch.Tensor:
+    """[N, features] of a module's input or output, of all tokens."""
+    kept: list[torch.Tensor] = []
+    module = model.get_submodule(name)
+    if what == "input":
+        handle = module.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    else:
+        handle = module.register_forward_hook(lambda _, args, output: kept.append(output))
+    with torch.no_grad():
+        model(input_ids=TOKENS, use_cache=False)
+    handle.remove()
+    return kept[0].flatten(0, -2)
+
+
+@pytest.mark.parametrize(
+    ("names", "before", "place"),
+    [
+        (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], [], None),
+        (["self_attn.o_proj"], ["self_attn.q_proj", "self_attn.v_proj"], ("post_attention_layernorm", "input")),
+        (["mlp.gate_proj", "mlp.up_proj"], ["self_attn.o_proj"], None),
+        (["mlp.down_proj"], ["self_attn.o_proj", "mlp.up_proj"], ("", "output")),
+    ],
+)
+def test_moments_are_those_of_two_whole_models(
+    tiny_model: Path, tmp_path: Path, names: list[str], before: list[str], place: tuple[str, str] | None
+) -> None:
+    original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval().requires_grad_(False)
+    quantized = copy.deepcopy(original)
+    first_block = changed(original, ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"])
+    rounded = changed(original, [f"{BLOCK}.{name}" for name in before])
+    for name, weight in (first_block | rounded).items():
+        quantized.get_submodule(name).weight.data = weight
+    full = [f"{BLOCK}.{name}" for name in names]
+    moments = at_second_block(tiny_model, tmp_path, first_block).moments(1, full, rounded)
+    x_NI = seen(quantized, full[0], "input")
+    assert moments.tokens == len(x_NI) == TOKENS.numel()
+    torch.testing.assert_close(moments.hessian_II, x_NI.T @ x_NI / len(x_NI), rtol=1e-4, atol=1e-5)
+    assert list(moments.missing) == full
+    for name in full:
+        where, what = (name, "output") if place is None else (f"{BLOCK}.{place[0]}".rstrip("."), place[1])
+        missing = seen(original, where, what) - seen(quantized, where, what)
+        torch.testing.assert_close(moments.missing[name], missing.T @ x_NI / len(x_NI), rtol=1e-3, atol=1e-5)
+
+
+def test_a_block_is_left_with_its_own_weights(tiny_model: Path, tmp_path: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    prefix = at_second_block(tiny_model, tmp_path, {})
+    rounded = changed(original, [f"{BLOCK}.self_attn.q_proj"])
+    prefix.moments(1, [f"{BLOCK}.self_attn.o_proj"], rounded)
+    kept = prefix._skeleton.blocks[1][1].self_attn.q_proj.weight
+    assert torch.equal(kept, original.get_submodule(f"{BLOCK}.self_attn.q_proj").weight)
+
+
+def test_an_overflow_names_the_layer_and_the_remedy(tiny_model: Path, tmp_path: Path) -> None:
+    prefix = at_second_block(tiny_model, tmp_path, {})
+    prefix._quantized.write(0, prefix._quantized.read(0) * float("inf"))
+    with pytest.raises(QtipError, match=r"layer model\.layers\.1\.self_attn\.q_proj is given NaN or infinite values"):
+        prefix.moments(1, [f"{BLOCK}.self_attn.q_proj"], {})
