@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +17,20 @@ from rich.table import Table
 
 COLUMN_WIDTHS = {"layer": 38, "shape": 14, "bits": 5, "relative proxy loss": 20, "seconds": 8}
 """Of the per-layer rows, which are printed one by one as layers finish."""
+
+
+@dataclass(frozen=True)
+class WithError:
+    """A figure and its standard error, None or 0 where there is none: as text to the second digit of the error."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        if not self.error:
+            return text_of(self.value)
+        decimals = max(0, 1 - math.floor(math.log10(self.error)))
+        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}"
 
 
 def text_of(value: Any) -> str:
@@ -41,7 +57,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Iterable
     names = list(columns or (rows[0] if rows else ()))
     table = Table(title=title or None, title_justify="left")
     for name in names:
-        is_number = any(isinstance(row.get(name), int | float) for row in rows)
+        is_number = any(isinstance(row.get(name), int | float | WithError) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(text_of(row.get(name)) for name in names))
