@@ -18,7 +18,8 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""The hub refuses names that begin with a dot or dash, so "./model" is a path."""
 
 
 def check_name(name_or_path: str | Path) -> None:

@@ -62,7 +62,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True)
     protocol = report["protocol"]
     text = f"{Path(protocol['data']).name}, {protocol['windows']} windows of {protocol['context']} tokens"
-    above.set_title(f"against {report['base']['model']}\n{text}", fontsize=FONT_SIZE + 2)
+    above.set_title(f"original: {report['base']['model']}\n{text}", fontsize=FONT_SIZE + 2)
     kl = [row["kl_mean"] for row in rows]
     floor = FLOOR_SHARE * min((value for value in kl if value > 0), default=1.0)
     heights = [max(value, floor) for value in kl]
@@ -131,7 +131,10 @@ def _name(
     inside = (panel.x0, panel.y0, panel.x1, panel.y1)
     to_points = 72 / axes.figure.dpi
     for name, point, at in zip(names, points, zip(x, y, strict=True), strict=True):
-        text = axes.annotate(name, at, xytext=(0, 0), textcoords="offset points", fontsize=FONT_SIZE, ha="center", va="center")
+        text = axes.annotate(
+            name, at, xytext=(0, 0), textcoords="offset points", fontsize=FONT_SIZE, ha="center", va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}, zorder=2.5,
+        )  # fmt: skip
         extent = text.get_window_extent(renderer)
         centre, box = place(point, extent.width, extent.height, taken, crossings, inside)
         taken.append(box)
