@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from stages.fixtures import Qtip
 
 from cli.test_bad_input import complaint, left_behind
-from qtipcli.cli.display import WithError
+from qtipcli.cli.display import WithError, print_table
 
 LITTLE = ("--context", "32", "--windows", "4")
 
@@ -49,6 +50,16 @@ def test_the_table_has_a_row_for_each_and_states_the_original(
     assert f"content_hash {report['protocol']['content_hash']}" in lines[-1]
     # --against: the other two have a difference, the one itself a dash.
     assert [row["compared_to"] for row in report["rows"]] == [None, str(three[0]), str(three[0])]
+
+
+def test_a_narrow_terminal_gets_two_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"model": "a", "one": 1.5, "two": 2.5}]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for width, headers in ((100, ["model one two"]), (20, ["model one", "model two"])):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table("", rows, split=2)
+        plain = re.sub(r"\x1b\[[0-9;]*m|┃", "", capsys.readouterr().out)
+        assert [" ".join(line.split()) for line in plain.splitlines() if "model" in line] == headers
 
 
 @pytest.mark.parametrize(

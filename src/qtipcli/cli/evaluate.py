@@ -10,6 +10,9 @@ import typer
 from qtipcli.cli import options
 from qtipcli.cli.display import Display, WithError, print_json, print_table
 
+SPLIT = 7
+"""Columns of a comparison that stay together on a narrow terminal: those that say what to choose."""
+
 
 def evaluate(
     directories: Annotated[
@@ -75,15 +78,18 @@ def _compare(models: list[str], plot: Path | None, as_json: bool, **asked: Any) 
     if as_json:
         print_json(report)
         return
-    print_table("", [_table_row(row, asked["against"]) for row in report["rows"]])
-    original = report["base"]
+    rows, original = report["rows"], report["base"]
+    # With --against, the one row that is compared to none is the one that all others are compared to.
+    other = next(row["label"] for row in rows if row["compared_to"] is None) if asked["against"] else "the row above"
+    print_table("", [_table_row(row, f"KL less {other}") for row in rows], split=SPLIT)
     print(f"original {original['model']}: perplexity {WithError(original['perplexity'], original['perplexity_stderr'])}")
     print("front: no other row is as good in bits and KL and better in one of them")
     print("±: one standard error over windows; of KL differences the paired one, since all rows saw the same windows")
     _print_protocol(report["protocol"])
 
 
-def _table_row(row: dict[str, Any], against: str | None) -> dict[str, Any]:
+def _table_row(row: dict[str, Any], step: str) -> dict[str, Any]:
+    difference = row["kl_difference"]
     return {
         "model": row["label"],
         "bits": row["bits_per_weight"],
@@ -91,14 +97,12 @@ def _table_row(row: dict[str, Any], against: str | None) -> dict[str, Any]:
         "perplexity": WithError(row["perplexity"], row["perplexity_stderr"]),
         "ratio": WithError(row["perplexity_ratio"], row["perplexity_ratio_stderr"]),
         "KL": WithError(row["kl_mean"], row["kl_stderr"]),
+        "front": row["pareto"],
+        step: None if difference is None else WithError(difference, row["kl_difference_stderr"]),
         "median": row["kl_median"],
         "99 %": row["kl_p99"],
         "max": row["kl_max"],
         "top-1": row["top1_agreement"],
-        "front": row["pareto"],
-        f"KL less {'that of ' + against if against else 'the row above'}": None
-        if row["kl_difference"] is None
-        else WithError(row["kl_difference"], row["kl_difference_stderr"]),
     }
 
 
