@@ -64,7 +64,9 @@ def print_table(
     # A table in a file or a pipe is not cut to a terminal's width.
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = _table(title, rows, names)
-    if split is not None and Measurement.get(console, console.options, table).maximum > console.width:
+    # Measured in a console without end: a measurement never exceeds its console's own width.
+    endless = console.options.update(max_width=sys.maxsize)
+    if split is not None and Measurement.get(console, endless, table).maximum > console.width:
         console.print(_table(title, rows, names[:split]))
         table = _table("", rows, [names[0], *names[split:]])
     console.print(table)

@@ -49,11 +49,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One model's part of the comparison; kl_WP: KL to the original of every prediction, float64 [W, P]."""
+    """One model's part of the comparison.
+
+    original: the original's own perplexity, as this model's evaluation saw it. kl_WP: KL to it of every prediction, float64.
+    """
 
     name: str
     stored: Stored
     result: EvaluationResult
+    original: EvaluationResult
     kl_WP: np.ndarray
 
 
@@ -80,7 +84,8 @@ def run(
         label: the shortest ending of its path that no other has; bits_per_weight, size_MB: see Stored;
         pareto: whether it is on the front (see `pareto_front`); None without stored bits;
         compared_to, kl_difference, kl_difference_stderr: KL less that of another row, and the standard error over windows of
-            that difference. Both rows saw the same windows, so it is far smaller than their own two errors suggest.
+            that difference. Both rows saw the same windows, so it is smaller than their own two errors suggest, and the
+            smaller the more alike the two models are.
 
     Raises SettingsError where there is nothing to compare, or the same model twice; QtipError where a model's vocabulary or
     tokenizer is not the base's, and what evaluating a model raises.
@@ -94,25 +99,17 @@ def run(
     measure.note_shortage(rows, watcher)
     cap_bytes = int((DEFAULT_CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
     reference = KeptLogits(ModelLogits(load_model(base, chosen, trust_remote_code), rows), rows.rows, cap_bytes, watcher)
-    measured: list[_Measured] = []
     try:
-        for name in models:
-            gc.collect()  # modules and their hooks refer to each other: the model before would still be there
-            watcher.begin(f"eval {name}", rows.rows)
-            predictions, protocol = _predict(name, chosen, trust_remote_code, rows, reference, watcher)
-            stored = stored_of(name)
-            result = evaluate.summarize(predictions, protocol, stored.bits_per_weight)
-            measured.append(_Measured(name, stored, result, predictions.kl))
+        measured = [_measure(name, chosen, trust_remote_code, rows, reference, watcher) for name in models]
     finally:
         reference.close()
     _note_other_layers(measured, watcher)
-    original = evaluate.summarize(Predictions(predictions.base_surprisal), protocol, None)
-    of_base = stored_of(base)
+    protocol, original, stored = measured[0].result.protocol, measured[0].original, stored_of(base)
     return {
         "base": {
             "model": base,
-            "bits_per_weight": of_base.bits_per_weight,
-            "size_MB": of_base.megabytes,
+            "bits_per_weight": stored.bits_per_weight,
+            "size_MB": stored.megabytes,
             "dtype": protocol.base_dtype,
             "perplexity": original.perplexity,
             "perplexity_stderr": original.perplexity_stderr,
@@ -175,13 +172,18 @@ def _windows(names: Sequence[str], data: str | None, context: int | None, window
     return cut[0]
 
 
-def _predict(
+def _measure(
     name: str, dtype: torch.dtype | None, trust: bool, rows: Windows, reference: KeptLogits, watcher: Watcher
-) -> tuple[Predictions, evaluate.Protocol]:
-    """One model's, which is gone from memory once this returns."""
+) -> _Measured:
+    """One model's part; the model is gone from memory before the next one is loaded."""
+    gc.collect()  # modules and their hooks refer to each other: the model before would still be there
+    watcher.begin(f"eval {name}", rows.rows)
     own = ModelLogits(load_model(name, dtype, trust), rows)
     predictions = evaluate.predict(own, rows, reference, progress=lambda done, total: watcher.advance("windows"))
-    return predictions, evaluate.protocol_of(rows, own, reference)
+    protocol, stored = evaluate.protocol_of(rows, own, reference), stored_of(name)
+    result = evaluate.summarize(predictions, protocol, stored.bits_per_weight)
+    original = evaluate.summarize(Predictions(predictions.base_surprisal), protocol, None)
+    return _Measured(name, stored, result, original, predictions.kl)
 
 
 def stored_of(name: str) -> Stored:
