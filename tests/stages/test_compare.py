@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -113,7 +112,6 @@ def test_at_most_one_evaluated_model_is_in_memory_and_the_original_runs_once_a_w
     models, alive, forwards = [], [], []
 
     def loaded(name, *how):
-        gc.collect()
         alive.append(sum(each() is not None for each in models))
         model = load_model(name, *how)
         if Path(name) == tiny_model:
