@@ -116,6 +116,7 @@ def test_at_most_one_evaluated_model_is_in_memory_and_the_original_runs_once_a_w
         model = load_model(name, *how)
         if Path(name) == tiny_model:
             model.register_forward_hook(lambda *_: forwards.append(1))
+        object.__setattr__(model, "itself", model)  # a cycle: it does not go with its last name
         models.append(weakref.ref(model))
         return model
 
@@ -162,6 +163,7 @@ def test_labels_of_directories_are_names_whatever_was_typed(tmp_path, monkeypatc
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "one" / "model")
     assert compare.labels([".", "../../two/model"]) == ["one/model", "two/model"]
+    assert compare.labels(["..", "../../two/model"]) == ["one", "model"]
 
 
 def test_a_plain_model_and_one_of_another_format(tmp_path, three, tiny_model, text):

@@ -176,7 +176,7 @@ def _measure(
     name: str, dtype: torch.dtype | None, trust: bool, rows: Windows, reference: KeptLogits, watcher: Watcher
 ) -> _Measured:
     """One model's part; the model is gone from memory before the next one is loaded."""
-    gc.collect()  # modules and their hooks refer to each other: the model before would still be there
+    gc.collect()  # a model with a cycle of references, such as a hook that knows it, would still be there
     watcher.begin(f"eval {name}", rows.rows)
     own = ModelLogits(load_model(name, dtype, trust), rows)
     predictions = evaluate.predict(own, rows, reference, progress=lambda done, total: watcher.advance("windows"))
