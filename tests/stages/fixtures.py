@@ -73,6 +73,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def three(tiny_model: Path, text: Path, packed: Path) -> list[Path]:
+    """The tiny model in 2, 3 and 4 bits, all from the same Hessians; read only."""
+    command = ["quantize", tiny_model, *FAST_OPTIONS, "--data", text, "--hessians", packed / "hessians"]
+    for bits in (3, 4):
+        said = [*command, "--bits", bits, "--out", packed / f"{bits}bit"]
+        assert _run([str(part) for part in said]) == 0
+    return [packed / name for name in ("out", "3bit", "4bit")]
+
+
+@pytest.fixture(scope="session")
 def packed(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which the tiny model was quantized to `out`, with `out.job` and `hessians` beside it; read only."""
     where = tmp_path_factory.mktemp("packed")

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from qtipcli.cli import options
 from qtipcli.cli.bench import bench_app
 from qtipcli.cli.display import Display, print_json, print_table
+from qtipcli.cli.evaluate import evaluate
 from qtipcli.cli.finetune import finetune
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
 
@@ -155,30 +156,7 @@ def pack_command(
 
 
 app.command("finetune")(finetune)
-
-
-@app.command("eval")
-def eval_command(
-    directory: Annotated[str, typer.Argument(help="A packed directory, or any causal language model.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="The original model: adds KL divergence, top-1 agreement and ratio.")] = None,
-    data: options.Data = None,
-    context: Annotated[int | None, typer.Option(help="Tokens in each window \\[the model's own, at most 2048].", min=2)] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows from the start of the text \\[all].", min=1)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 \\[float32 on a CPU].")] = None,
-    trust_remote_code: options.Trust = False,
-    as_json: options.Json = False,
-) -> None:
-    """Measure a model on held-out text: perplexity with its protocol, and how far it is from the original."""
-    from qtipcli.stages import measure
-
-    with Display() as display:
-        result = measure.run(directory, base, data, context, windows, dtype, trust_remote_code, display).as_json()
-    if as_json:
-        print_json(result)
-        return
-    protocol = result.pop("protocol")
-    print_table("", [{"figure": name, "value": value} for name, value in result.items() if value is not None])
-    print(", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None))
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 COLUMN_WIDTHS = {"layer": 38, "shape": 14, "bits": 5, "relative proxy loss": 20, "seconds": 8}
 """Of the per-layer rows, which are printed one by one as layers finish."""
+
+
+@dataclass(frozen=True)
+class WithError:
+    """A figure and its standard error, None or 0 where there is none: as text to the second digit of the error."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        if not self.error:
+            return text_of(self.value)
+        decimals = max(0, 1 - math.floor(math.log10(self.error)))
+        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}"
 
 
 def text_of(value: Any) -> str:
@@ -36,17 +53,33 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] | None = None) -> None:
-    """Rows as a table on stdout; numbers to the right."""
+def print_table(
+    title: str, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] | None = None, split: int | None = None
+) -> None:
+    """Rows as a table on stdout; numbers to the right.
+
+    split: where the terminal is too narrow, the columns from this one on make a second table, with the first in front.
+    """
     names = list(columns or (rows[0] if rows else ()))
+    # A table in a file or a pipe is not cut to a terminal's width.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = _table(title, rows, names)
+    # Measured in a console without end: a measurement never exceeds its console's own width.
+    endless = console.options.update(max_width=sys.maxsize)
+    if split is not None and Measurement.get(console, endless, table).maximum > console.width:
+        console.print(_table(title, rows, names[:split]))
+        table = _table("", rows, [names[0], *names[split:]])
+    console.print(table)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     table = Table(title=title or None, title_justify="left")
     for name in names:
-        is_number = any(isinstance(row.get(name), int | float) for row in rows)
+        is_number = any(isinstance(row.get(name), int | float | WithError) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(text_of(row.get(name)) for name in names))
-    # A table in a file or a pipe is not cut to a terminal's width.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return table
 
 
 PLAIN_LINE_SECONDS = 5.0

@@ -11,6 +11,7 @@ original's distribution and q the evaluated model's.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -95,10 +96,10 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
-class _Values:
+class Predictions:
     """What is kept of every prediction, each float64 [P] for a window, [W, P] for all.
 
-    surprisal is -log q(the token that follows), in nats; agrees is 1 or 0.
+    surprisal is -log q(the token that follows), in nats; agrees is 1 or 0. What needs the original is None without it.
     """
 
     surprisal: np.ndarray
@@ -106,6 +107,42 @@ class _Values:
     kl: np.ndarray | None = None
     agrees: np.ndarray | None = None
     noise: np.ndarray | None = None
+
+
+class Logits(ABC):
+    """A model's logits, window by window; dtype: its name, of the weights that made them."""
+
+    dtype: str
+
+    @abstractmethod
+    def logits(self, index: int) -> torch.Tensor:
+        """Of the predictions that count in window `index`, [context - 1, vocabulary], in any dtype, on any device."""
+
+
+class ModelLogits(Logits):
+    """Logits computed whenever they are asked for.
+
+    Args:
+        model: a causal language model; it is put into eval mode and stays where it is.
+        windows: as evaluation_windows makes them.
+
+    Raises:
+        SettingsError: the windows are longer than the model's positions.
+        QtipError: a token outside of its vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Windows) -> None:
+        _check_fits(model, windows)
+        model.eval()
+        self._model, self._tokens = model, windows.tokens
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    # Not inference_mode, whose tensors have no version by which layers that share an input could tell that x is unchanged.
+    @torch.no_grad()
+    def logits(self, index: int) -> torch.Tensor:
+        """See Logits."""
+        row_T = self._tokens[index].to(self._model.device)
+        return self._model(input_ids=row_T[None], use_cache=False).logits[0, :-1]
 
 
 def run(
@@ -133,32 +170,47 @@ def run(
     """
     if noise_model is not None and base_model is None:
         raise SettingsError("a noise floor needs the original model", "give --base MODEL")
-    for candidate in (model, base_model, noise_model):
-        if candidate is not None:
-            _check_fits(candidate, windows)
-            candidate.eval()
-    measured: list[_Values] = []
-    # Not inference_mode, whose tensors have no version by which layers that share an input could tell that x is unchanged.
-    with torch.no_grad():
-        for number, row_T in enumerate(windows.tokens, start=1):
-            logits_PV = _logits(model, row_T)
-            base_PV = None if base_model is None else _logits(base_model, row_T).to(logits_PV.device)
-            noise_PV = None if noise_model is None else _logits(noise_model, row_T).to(logits_PV.device)
-            values = _values(row_T[1:].to(logits_PV.device), logits_PV, base_PV, noise_PV)
-            _check_finite(values, f"window {number} of {windows.rows}")
-            measured.append(values)
-            if progress is not None:
-                progress(number, windows.rows)
-    protocol = Protocol(
+    own, base, noise = (None if each is None else ModelLogits(each, windows) for each in (model, base_model, noise_model))
+    predictions = predict(own, windows, base, noise, progress)
+    return summarize(predictions, protocol_of(windows, own, base), bits_per_weight)
+
+
+def predict(
+    own: Logits,
+    windows: Windows,
+    base: Logits | None = None,
+    noise: Logits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """Every prediction of one model, beside the original's where `base` is given; see `run`, which raises the same errors."""
+    measured: list[Predictions] = []
+    for index, row_T in enumerate(windows.tokens):
+        logits_PV = own.logits(index)
+        base_PV, noise_PV = (None if other is None else other.logits(index).to(logits_PV.device) for other in (base, noise))
+        values = _compare(row_T[1:].to(logits_PV.device), logits_PV, base_PV, noise_PV)
+        _check_finite(values, f"window {index + 1} of {windows.rows}")
+        measured.append(values)
+        if progress is not None:
+            progress(index + 1, windows.rows)
+    columns = {
+        column.name: np.stack([getattr(values, column.name) for values in measured])
+        for column in fields(Predictions)
+        if getattr(measured[0], column.name) is not None
+    }
+    return Predictions(**columns)
+
+
+def protocol_of(windows: Windows, own: Logits, base: Logits | None) -> Protocol:
+    """What the figures of `own` on `windows`, beside `base`, mean."""
+    return Protocol(
         data=windows.source,
         content_hash=windows.content_hash,
         windows=windows.rows,
         context=windows.context,
         special_tokens=windows.special_tokens,
-        dtype=_dtype_name(model),
-        base_dtype=None if base_model is None else _dtype_name(base_model),
+        dtype=own.dtype,
+        base_dtype=None if base is None else base.dtype,
     )
-    return _summary(measured, protocol, bits_per_weight)
 
 
 def _check_fits(model: PreTrainedModel, windows: Windows) -> None:
@@ -177,14 +229,9 @@ def _check_fits(model: PreTrainedModel, windows: Windows) -> None:
         )
 
 
-def _logits(model: PreTrainedModel, row_T: torch.Tensor) -> torch.Tensor:
-    """Those of the predictions that count, [T - 1, V], in the model's dtype."""
-    return model(input_ids=row_T[None].to(model.device), use_cache=False).logits[0, :-1]
-
-
-def _values(
+def _compare(
     following_P: torch.Tensor, logits_PV: torch.Tensor, base_PV: torch.Tensor | None, noise_PV: torch.Tensor | None
-) -> _Values:
+) -> Predictions:
     """One window's. The logits become float64 a few positions at a time."""
     for other_PV in (base_PV, noise_PV):
         if other_PV is not None and other_PV.shape != logits_PV.shape:
@@ -208,7 +255,7 @@ def _values(
                 new["noise"] = _divergence(log_p, torch.log_softmax(noise_PV[chunk].double(), -1))
         for name, values in new.items():
             columns.setdefault(name, []).append(values)
-    return _Values(**{name: torch.cat(parts).cpu().numpy() for name, parts in columns.items()})
+    return Predictions(**{name: torch.cat(parts).cpu().numpy() for name, parts in columns.items()})
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -218,7 +265,7 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
-def _check_finite(values: _Values, where: str) -> None:
+def _check_finite(values: Predictions, where: str) -> None:
     for name, subject in (
         ("base_surprisal", "the original's logits are"),
         ("surprisal", "the model's logits are"),
@@ -232,13 +279,8 @@ def _check_finite(values: _Values, where: str) -> None:
             )
 
 
-def _summary(measured: list[_Values], protocol: Protocol, bits_per_weight: float | None) -> EvaluationResult:
-    stacked = {
-        column.name: np.stack([getattr(values, column.name) for values in measured])
-        for column in fields(_Values)
-        if getattr(measured[0], column.name) is not None
-    }
-    all_WP = _Values(**stacked)
+def summarize(all_WP: Predictions, protocol: Protocol, bits_per_weight: float | None) -> EvaluationResult:
+    """The figures of one model from all of its predictions."""
     perplexity, perplexity_stderr = _exp_mean(all_WP.surprisal)
     figures: dict[str, float | None] = {}
     if all_WP.base_surprisal is not None:
@@ -252,7 +294,7 @@ def _summary(measured: list[_Values], protocol: Protocol, bits_per_weight: float
             "kl_median": float(median),
             "kl_p99": float(p99),
             "kl_max": float(all_WP.kl.max()),
-            "kl_stderr": _standard_error(all_WP.kl),
+            "kl_stderr": standard_error(all_WP.kl),
             "top1_agreement": float(all_WP.agrees.mean()),
         }
     if all_WP.noise is not None:
@@ -276,15 +318,11 @@ def _exp_mean(surprisal_WP: np.ndarray) -> tuple[float, float | None]:
             f"the perplexity, exp({surprisal_WP.mean():.0f}), is too large for a number: the model predicts nothing",
             "look for damaged weights",
         ) from error
-    error_of_mean = _standard_error(surprisal_WP)
+    error_of_mean = standard_error(surprisal_WP)
     return value, None if error_of_mean is None else value * error_of_mean
 
 
-def _standard_error(values_WP: np.ndarray) -> float | None:
+def standard_error(values_WP: np.ndarray) -> float | None:
     """Of the mean, with the windows' means as the independent observations."""
     means_W = values_WP.mean(axis=1)
     return None if len(means_W) < 2 else float(means_W.std(ddof=1) / math.sqrt(len(means_W)))
-
-
-def _dtype_name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import qtipcli  # noqa: F401, registers the format with transformers
 from qtipcli.errors import QtipError
@@ -18,7 +18,8 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""The hub refuses names that begin with a dot or dash, so "./model" is a path."""
 
 
 def check_name(name_or_path: str | Path) -> None:
@@ -33,12 +34,21 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None, trust
     dtype: None is float32 on a CPU, which has no fast 16-bit arithmetic everywhere, and the model's own on a GPU.
     Raises QtipError with what transformers says where it cannot be loaded.
     """
-    check_name(name_or_path)
     device = default_device()
     chosen = dtype or ("auto" if device.type == "cuda" else torch.float32)
+    model = _loaded(AutoModelForCausalLM, name_or_path, dtype=chosen, trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
+
+
+def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config alone; raises as load_model does."""
+    return _loaded(AutoConfig, name_or_path, trust_remote_code=trust_remote_code)
+
+
+def _loaded(kind: Any, name_or_path: str | Path, **how: Any) -> Any:
+    check_name(name_or_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, trust_remote_code=trust_remote_code)
+        return kind.from_pretrained(name_or_path, **how)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         fact = str(error).strip().split("\n")[0].rstrip(".")
         raise QtipError(f"{name_or_path} cannot be loaded: {fact}", "check the name, and that transformers loads it") from error
-    return model.to(device).eval()

@@ -1,26 +1,39 @@
-"""Owns the picture of a product benchmark: a roofline, speed over arithmetic intensity, as PNG. Draws without a display."""
+"""Owns how pictures are drawn and written: as PNG, without a display; and the product benchmark's, a roofline."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from qtipcli.errors import QtipError, SettingsError
+from qtipcli.errors import QtipError, SettingsError, storage_error
+from qtipcli.job.files import temporary_path, write_atomic
 from qtipcli.stages.limits import weights_limit
 
 MARKERS = "osD^v<>Pp"
 """One for each code, in the order of their first rows."""
+
+DPI = 120
+"""Pixels an inch: a picture of 9 inches fills half of a wide screen."""
 
 HEADROOM = 2.0
 """The axes reach beyond points and lines by this factor."""
 
 
 def check_target(path: Path) -> None:
-    """Raise SettingsError unless a PNG can go to `path`; before a long measurement, not after it."""
+    """Raise SettingsError or StorageError unless a PNG can go to `path`; before a long measurement, not after it."""
     if path.suffix.lower() != ".png":
         raise SettingsError(f"{path} is no PNG file", "give a name that ends in .png")
     if not path.parent.is_dir():
         raise SettingsError(f"{path.parent} does not exist", "make the directory, or choose another")
+    if path.is_dir():
+        raise SettingsError(f"{path} is a directory", "give the name of a file")
+    trial = temporary_path(path)
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise storage_error(error, path) from error
     _matplotlib()
 
 
@@ -32,12 +45,10 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     Raises QtipError where no row has a speed.
     """
     check_target(path)
-    figure_class, canvas_class = _matplotlib()
     rows = [row for row in report["rows"] if row["microseconds"]]
     if not rows:
         raise QtipError("there is nothing to draw: no row has a speed", "see what the report says of each row")
-    figure = figure_class(figsize=(9, 6), layout="constrained")
-    canvas_class(figure)
+    figure = new_figure(9, 6)
     axes = figure.add_subplot()
     codes = list(dict.fromkeys(row["code"] for row in rows))
     heights = _points(axes, rows, codes)
@@ -59,7 +70,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.2)
     axes.legend(fontsize="small")
-    figure.savefig(path, format="png", dpi=120)
+    save(figure, path)
 
 
 def _points(axes: Any, rows: list[dict[str, Any]], codes: list[str]) -> list[float]:
@@ -85,6 +96,21 @@ def _points(axes: Any, rows: list[dict[str, Any]], codes: list[str]) -> list[flo
 def intensity(bits: float) -> float:
     """Weights per byte at `bits` bits a weight."""
     return 8 / bits
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of this size in inches, whose canvas needs no display."""
+    figure_class, canvas_class = _matplotlib()
+    figure = figure_class(figsize=(width, height), dpi=DPI, layout="constrained")
+    canvas_class(figure)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the figure to `path` as PNG, complete or not at all. Raises StorageError."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomic(path, [content.getvalue()])
 
 
 def _matplotlib() -> tuple[Any, Any]:
