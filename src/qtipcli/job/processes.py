@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -213,7 +214,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        fact = str(error).strip().split("\n")[0]
+        # Gloo puts its source file before the fact, and advice behind it.
+        fact = re.sub(r"^\[[^]]*\] *|\. .*", "", str(error).strip().split("\n")[0])
         raise QtipError(
             f"another process of this job has ended or does not answer: so does this one ({fact})",
             "give the same command again: it goes on from the last saved state, on any number of processes",
