@@ -77,6 +77,14 @@ def test_two_processes_are_one_that_takes_half_the_windows_at_once(ranks: Ranks,
     assert left == {"job.json", "ledger.jsonl", "loss.jsonl", "loss.png", "result.safetensors"}
 
 
+def test_each_process_keeps_its_activations_in_a_file_of_its_own(ranks: Ranks, one: Path, tmp_path: Path) -> None:
+    ended = ranks(2, tmp_path / "job", *command(ranks, "--blocks", "--out", "tuned", "--memory", "0"))
+    assert ended.statuses == [0, 0], ended.err
+    assert ended.said("go to a file") == 2  # the blocks' streams, and the teacher's of the verdict
+    ledgers = [(where / "tuned.blocks.job" / "ledger.jsonl").read_text() for where in (one, tmp_path / "job")]
+    assert ledgers[0] == ledgers[1]  # checksums and held-out losses of both blocks, and the verdict
+
+
 def test_three_processes_differ_from_one_as_much_as_its_own_pieces_do(ranks: Ranks, one: Path, tmp_path: Path) -> None:
     """Three take 1, 1 and 2 of the four windows. The measure of what another order of sums may do is one process, halves
     against windows one by one; twice that, because two such differences may add up. float16 may round to the next number."""
