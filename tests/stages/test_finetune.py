@@ -140,6 +140,21 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tune: Qtip, tmp_path: Pa
     assert snapshot(tmp_path / "tuned") == oracle
 
 
+def test_a_stop_between_two_saved_states_saves_its_own(tune: Qtip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's two blocks are safe points, then each step is one: the fifth comes after step 3."""
+    real, calls = Processes.checkpoint, [0]
+
+    def stop_at_the_fifth(processes: Processes) -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise StoppedError("stopped by the test")
+        real(processes)
+
+    monkeypatch.setattr(Processes, "checkpoint", stop_at_the_fifth)
+    assert tune("--end-to-end", "--out", "tuned").status == 130
+    assert [file.name for file in (tmp_path / "tuned.end.job").glob("step-*")] == ["step-0000003.safetensors"]
+
+
 def kill_jobs(*arguments: str) -> dict:
     command = [sys.executable, "-m", "stages.kills", "--what", "finetune", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
