@@ -63,13 +63,13 @@ def refuse_lone() -> None:
     """Raise SettingsError where accelerate was asked for several processes and started one.
 
     `accelerate launch --cpu --num_processes 2` does so, and with fewer than two GPUs the same without --cpu, unless it is told
-    --multi_gpu. It leaves a trace: an address to meet at, set for more than one process only (accelerate.utils.launch.prepare_simple_launcher_cmd_env),
-    and no number of processes. One that was started by an MPI has its number from there.
+    --multi_gpu. It leaves a trace: an address to meet at, set for more than one process only
+    (accelerate.utils.launch.prepare_simple_launcher_cmd_env), and no number of processes. An MPI gives that number itself.
     """
     is_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if is_by_accelerate and "MASTER_PORT" in os.environ and not any(name in os.environ for name in WORLD_VARIABLES):
         raise SettingsError(
-            "accelerate launch was asked for several processes and started one, as it does with --cpu or where it finds no GPUs",
+            "accelerate launch was asked for several processes and started one, as it does with --cpu or without GPUs",
             "torchrun --nproc_per_node N -m qtipcli finetune ..., or accelerate launch --num_processes 1",
         )
 
