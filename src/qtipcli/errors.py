@@ -59,6 +59,10 @@ class StoppedError(QtipError):
         super().__init__(message, hint, exit_code)
 
 
+class PeerError(QtipError):
+    """Another process of the same job failed or stopped, and says so itself: nothing is printed. Exit status as the other's."""
+
+
 _RETRY = "then give the same command again: a job goes on from its last finished step"
 
 # errno -> (sentence with ACTION and PATH in it, remedy).

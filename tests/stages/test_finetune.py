@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from qtipcli.errors import StoppedError
-from qtipcli.stages import distill, finetune, tune_blocks
+from qtipcli.job.processes import Processes
+from qtipcli.stages import finetune
 from stages.fixtures import Outcome, Qtip
 from stages.tiny import environment, save_model, snapshot
 
@@ -119,18 +120,17 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tune: Qtip, tmp_path: Pa
     command = ("--blocks", "--end-to-end", "--checkpoint-every", "3")
     assert tune(*command, "--out", "oracle").status == 0
     oracle = snapshot(tmp_path / "oracle")
-    real, stops, calls = tune_blocks.checkpoint, [2, 1, 5, 9, 3, 2, 4], [0]
+    real, stops, calls = Processes.checkpoint, [2, 1, 5, 9, 3, 2, 4], [0]
 
-    def stop_here() -> None:
+    def stop_here(processes: Processes) -> None:
         calls[0] += 1
         if stops and calls[0] == stops[0]:
             stops.pop(0)
             calls[0] = 0
             raise StoppedError("stopped by the test: everything finished so far is saved")
-        real()
+        real(processes)
 
-    for module in (tune_blocks, distill, finetune):
-        monkeypatch.setattr(module, "checkpoint", stop_here)
+    monkeypatch.setattr(Processes, "checkpoint", stop_here)
     stopped = 0
     while (outcome := tune(*command, "--out", "tuned")).status == 130:
         stopped += 1
@@ -138,6 +138,21 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tune: Qtip, tmp_path: Pa
     assert outcome.status == 0, outcome.err
     assert stopped == 7
     assert snapshot(tmp_path / "tuned") == oracle
+
+
+def test_a_stop_between_two_saved_states_saves_its_own(tune: Qtip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's two blocks are safe points, then each step is one: the fifth comes after step 3."""
+    real, calls = Processes.checkpoint, [0]
+
+    def stop_at_the_fifth(processes: Processes) -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise StoppedError("stopped by the test")
+        real(processes)
+
+    monkeypatch.setattr(Processes, "checkpoint", stop_at_the_fifth)
+    assert tune("--end-to-end", "--out", "tuned").status == 130
+    assert [file.name for file in (tmp_path / "tuned.end.job").glob("step-*")] == ["step-0000003.safetensors"]
 
 
 def kill_jobs(*arguments: str) -> dict:

@@ -14,6 +14,7 @@ from qtipcli.cli.display import Display, print_json, print_table
 from qtipcli.cli.evaluate import evaluate
 from qtipcli.cli.finetune import finetune
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
+from qtipcli.job import launcher
 
 
 class _Group(TyperGroup):
@@ -43,9 +44,11 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "finetune":
+        launcher.refuse_several(str(context.invoked_subcommand))
 
 
 @app.command()

@@ -10,6 +10,7 @@ import typer
 from qtipcli.cli import options
 from qtipcli.cli.display import Display, print_json
 from qtipcli.config import FinetuneSettings, Preset, settings_from
+from qtipcli.job import launcher
 
 
 def finetune(
@@ -58,15 +59,20 @@ def finetune(
     whole |= {"autocast": autocast, "gradient_checkpointing": gradient_checkpointing}
     text = options.given(data=data, samples=samples, heldout=heldout, context=context, seed=seed)
     settings = _settings(options.preset_of(preset), text, block_wise if blocks else None, whole if end_to_end else None)
+    launcher.refuse_lone()
 
+    from qtipcli.job.processes import together
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import finetune
 
-    packed = finetune.packed_directory(directory)
-    source = ModelSource.open(base or finetune.original_of(packed), revision, trust_remote_code)
-    target = out or packed.with_name(f"{packed.name}-tuned")
-    with Display() as display:
-        report = finetune.run(source, packed, settings, target, force, display, memory)
+    with together() as processes, Display(quiet=not processes.is_main) as display:
+        packed = finetune.packed_directory(directory)
+        with processes.main_first():
+            source = ModelSource.open(base or finetune.original_of(packed), revision, trust_remote_code)
+        target = out or packed.with_name(f"{packed.name}-tuned")
+        report = finetune.run(source, packed, settings, target, force, display, memory, processes)
+    if not processes.is_main:
+        return
     if as_json:
         print_json(report)
         return

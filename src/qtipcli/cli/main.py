@@ -7,7 +7,8 @@ import sys
 
 import typer
 
-from qtipcli.errors import QtipError, storage_error
+from qtipcli.errors import PeerError, QtipError, storage_error
+from qtipcli.job import launcher
 
 # Newer Typers carry a Click of their own; its base class of usage errors is reached through the one that Typer exports.
 UsageFailure = typer.BadParameter.__mro__[2]
@@ -30,11 +31,14 @@ def _run(arguments: list[str]) -> int:
 
     try:
         return app(arguments, prog_name="qtip", standalone_mode=False) or 0
+    except PeerError as error:
+        return error.exit_code
     except QtipError as error:
         return _complain(error)
     except typer.Exit as end:
         return end.exit_code
     except UsageFailure as error:
+        launcher.let_first_speak()
         error.show()
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -51,6 +55,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _complain(error: QtipError) -> int:
+    launcher.let_first_speak()
     print(f"qtip: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"  hint: {error.hint}", file=sys.stderr)

@@ -126,6 +126,10 @@ class RunDirectory:
             self._lock.release()
             self._lock = None
 
+    def refresh(self) -> None:
+        """See what the process that writes has finished since this directory was opened for reading. Raises CorruptError."""
+        self._ledger = Ledger(self.path / _LEDGER)
+
     def keys(self) -> list[str]:
         """The keys of finished shards, in the order in which they were done."""
         return list(self._ledger.entries)

@@ -24,21 +24,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Signals belong to the process, so what was asked through them does too: the depth of `interruptible` and the signal received.
 _depth = 0
 _requested: signal.Signals | None = None
+_notice = True
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(notice: bool = True) -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM only makes the next `checkpoint` raise; a second one raises KeyboardInterrupt.
 
     May be nested; leaving the outermost one is a checkpoint. Outside the main thread, where Python delivers no signals, it
-    does nothing. Raises StoppedError.
+    does nothing. notice: say at once that the signal was heard. Raises StoppedError.
     """
-    global _depth, _requested
+    global _depth, _requested, _notice
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     if _depth == 0:
-        _requested = None
+        _requested, _notice = None, notice
     previous = {number: signal.signal(number, _request) for number in _SIGNALS}
     _depth += 1
     try:
@@ -53,13 +54,23 @@ def interruptible() -> Iterator[None]:
 
 def checkpoint() -> None:
     """A safe point: everything finished is on disk. Raises StoppedError if the user has asked to stop."""
-    if _depth and _requested is not None:
-        cause = "Ctrl-C" if _requested is signal.SIGINT else _requested.name
-        raise StoppedError(
-            f"stopped by {cause}: everything finished so far is saved",
-            "give the same command again to go on",
-            exit_code=128 + _requested,
-        )
+    if number := requested():
+        raise stopped(number)
+
+
+def requested() -> int:
+    """The number of the signal by which the user has asked to stop; 0 if there was none."""
+    return int(_requested) if _depth and _requested is not None else 0
+
+
+def stopped(number: int) -> StoppedError:
+    """The error that says that the job has stopped because of the signal `number`."""
+    cause = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return StoppedError(
+        f"stopped by {cause}: everything finished so far is saved",
+        "give the same command again to go on",
+        exit_code=128 + number,
+    )
 
 
 def _request(number: int, frame: FrameType | None) -> None:
@@ -67,6 +78,8 @@ def _request(number: int, frame: FrameType | None) -> None:
     if _requested is not None:
         raise KeyboardInterrupt
     _requested = signal.Signals(number)
+    if not _notice:
+        return
     # Not print: the signal may have come in the middle of one, and a buffered stream cannot be entered twice.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), _NOTICE)

@@ -6,7 +6,7 @@ continued run takes the same steps to the same bits. Source: QuIP# (arXiv 2402.0
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 
 from qtipcli.config import EndTuning
-from qtipcli.errors import QtipError
+from qtipcli.errors import QtipError, StoppedError
 from qtipcli.job.directory import RunDirectory
-from qtipcli.job.interrupt import checkpoint
+from qtipcli.job.processes import ALONE, Processes
 from qtipcli.model.skeleton import find_blocks
 from qtipcli.nn import fused, swap
 from qtipcli.stages import curve
@@ -25,9 +25,10 @@ from qtipcli.stages.load import load_model
 from qtipcli.stages.packed import PackedDirectory
 from qtipcli.stages.progress import Watcher
 from qtipcli.stages.teacher import Teacher
-from qtipcli.tune.descent import Descent, largest_divisor, order
+from qtipcli.tune.descent import Descent, order
 from qtipcli.tune.linear import TunedLinear
 from qtipcli.tune.parameters import Rates, Trained
+from qtipcli.tune.share import Share
 
 RESULT = "result"
 """The shard with the best held-out state; when it is there, the run is done."""
@@ -36,9 +37,9 @@ LOGIT_BYTES = 256 << 20
 """Largest float32 logits of one pass; more rows to a step are taken one after the other, their gradients summed."""
 
 
-def micro_rows(batch: int, context: int, vocabulary: int) -> int:
-    """Rows that go through the model at once, a divisor of those of a step."""
-    return largest_divisor(batch, LOGIT_BYTES // (4 * context * vocabulary))
+def most_rows(context: int, vocabulary: int) -> int:
+    """Rows that may go through the model at once; 0 where even one is more, and then it is one."""
+    return LOGIT_BYTES // (4 * context * vocabulary)
 
 
 class Student:
@@ -106,37 +107,41 @@ class Student:
         return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def heldout_divergence(student: Student, teacher: Teacher, batches: Sequence[Tensor], indices: Iterable[int]) -> float:
-    """Mean KL over the predictions of these batches, in nats."""
+def heldout_divergence(student: Student, teacher: Teacher, share: Share, processes: Processes = ALONE) -> float:
+    """Mean KL over the predictions of the held-out windows of all processes, in nats."""
     total = count = 0.0
     with torch.no_grad():
-        for index in indices:
-            rows = batches[index]
-            total += float(student.divergence(rows, teacher.logits(index)))
-            count += rows.shape[0] * (rows.shape[1] - 1)
+        for index in share.held:
+            total += float(student.divergence(share.pieces[index], teacher.logits(index)))
+            count += _predictions(*share.pieces[index].shape)
+    total, count = processes.sum_numbers(total, count)
     return total / count
 
 
+def _predictions(rows: int, context: int) -> int:
+    return rows * (context - 1)
+
+
 class Distiller:
-    """One run. batches: rows, those at `held` never trained on. Its result is committed to `job` as RESULT."""
+    """One run, whose result is committed to `job` as RESULT. share: the part of this one of `processes`, as the teacher has it.
+
+    Every process takes the same steps with the same sums, and holds the same masters; the first one writes.
+    """
 
     def __init__(
         self,
         student: Student,
         trained: Trained,
         teacher: Teacher,
-        batches: Sequence[Tensor],
-        held: range,
-        per_step: int,
+        share: Share,
         job: RunDirectory,
         watcher: Watcher,
+        processes: Processes = ALONE,
     ) -> None:
         self.student, self.trained, self.teacher, self.job, self.watcher = student, trained, teacher, job, watcher
-        self.batches, self.held, self.per_step = batches, held, per_step
-        self.settings = student.settings
-        self.train = [index for index in range(len(batches)) if index not in held]
-        self.steps_an_epoch = -(-len(self.train) // per_step)
-        self.descent = Descent(trained, self.settings.epochs * self.steps_an_epoch)
+        self.share, self.processes, self.settings = share, processes, student.settings
+        self.steps_an_epoch = len(share.steps)
+        self.descent = Descent(trained, self.settings.epochs * self.steps_an_epoch, processes.sum_gradients)
         self.losses: list[float] = []
         self.judged: list[tuple[int, float]] = []
 
@@ -162,24 +167,23 @@ class Distiller:
         self._draw()
         return report
 
-    def _chosen(self, step: int) -> list[int]:
-        """The batches of a step; they depend on nothing but its number."""
+    def _chosen(self, step: int) -> int:
+        """The windows of a step, by their place in an epoch; they depend on nothing but its number."""
         epoch, place = divmod(step, self.steps_an_epoch)
-        shuffled = order(len(self.train), self.settings.seed, epoch)
-        return [self.train[index] for index in shuffled[place * self.per_step : (place + 1) * self.per_step]]
+        return order(self.steps_an_epoch, self.settings.seed, epoch)[place]
 
-    def _backward(self, chosen: Sequence[int]) -> float:
-        predictions = sum(self.batches[index].shape[0] * (self.batches[index].shape[1] - 1) for index in chosen)
+    def _backward(self, chosen: int) -> float:
+        predictions = _predictions(self.share.rows[chosen], self.share.pieces[0].shape[1])
         total = 0.0
-        for index in chosen:
-            rows, autocast = self.batches[index], self.settings.autocast
+        for index in self.share.steps[chosen]:
+            rows, autocast = self.share.pieces[index], self.settings.autocast
             loss = self.student.divergence(rows, self.teacher.logits(index), autocast) / predictions
             loss.backward()
             total += float(loss.detach())
-        return total
+        return self.processes.sum_numbers(total)[0]
 
     def _judge(self) -> None:
-        loss = self.descent.judge(lambda: heldout_divergence(self.student, self.teacher, self.batches, self.held))
+        loss = self.descent.judge(lambda: heldout_divergence(self.student, self.teacher, self.share, self.processes))
         self.judged.append((self.descent.step, loss))
 
     def _saved(self) -> list[str]:
@@ -189,8 +193,8 @@ class Distiller:
         """A safe point is where the state is on disk; when the user has asked to stop, that is made so first."""
         due = self.descent.step % self.settings.checkpoint_every == 0
         try:
-            checkpoint()
-        except BaseException:
+            self.processes.checkpoint()
+        except StoppedError:
             self._save()
             raise
         if due and self.descent.step < self.descent.steps:
@@ -222,7 +226,8 @@ class Distiller:
             self.job.forget(*saved)
 
     def _draw(self) -> None:
-        curve.write(self.job.path, self.losses, self.judged, self.watcher)
+        if self.processes.is_main:
+            curve.write(self.job.path, self.losses, self.judged, self.watcher)
 
 
 def _recomputed(forward: Any) -> Any:

@@ -5,7 +5,6 @@ Each kind has a run directory beside the result, OUT.blocks.job and OUT.end.job,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
-from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.interrupt import interruptible
+from qtipcli.job.processes import ALONE, Processes
 from qtipcli.job.record import normalized
+from qtipcli.job.shared import SharedDirectory
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import calibrate, distill, pack, quantize
@@ -29,6 +30,7 @@ from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.teacher import Teacher
 from qtipcli.stages.tune_blocks import BlockTuner
+from qtipcli.tune.share import Share, share_of
 
 BLOCKS_STAGE, END_STAGE = "finetune-blocks", "finetune-end"
 VERDICT = "verdict"
@@ -43,20 +45,22 @@ def run(
     force: bool = False,
     watcher: Watcher | None = None,
     memory_gib: float = DEFAULT_MEMORY_GIB,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Tune the packed directory `packed`, whose original is `source`, and write the result to `out`.
 
-    memory_gib: activations, and decoded weights in end-to-end tuning, are held in memory up to this; it changes no bit.
+    memory_gib: activations, and decoded weights in end-to-end tuning, are held in memory up to this, by each process.
+    processes: those that share each step's windows and the held-out ones. They change no more than the order of sums.
     Returns {"directory": `out`, or `packed` where tuning made it no better and nothing was written, "written",
     "heldout_before", "heldout_after": KL to the original in nats, "blocks", "end_to_end": what each kind reports}.
     Raises SettingsError where there is nothing to do or `out` is taken, QtipError where `packed` is of another model.
     """
     watcher = watcher or Silent()
     _refuse(settings, packed, out)
-    run_ = _Run(source, packed, settings, out, force, watcher, memory_gib)
+    run_ = _Run(source, packed, settings, out, force, watcher, memory_gib, processes)
     if not run_.is_written():
         pack.refuse_occupied(out, force)
-    with interruptible():
+    with interruptible(notice=processes.is_main):
         return run_.run()
 
 
@@ -80,11 +84,13 @@ class _Run:
         force: bool,
         watcher: Watcher,
         memory_gib: float,
+        processes: Processes,
     ) -> None:
         self.source, self.settings, self.out, self.force, self.watcher = source, settings, out, force, watcher
-        self.memory_gib = memory_gib
+        self.memory_gib, self.processes = memory_gib, processes
         self.packed = PackedDirectory(packed)
-        self.windows = _windows(source, settings, watcher)
+        with processes.main_first():
+            self.windows = _windows(source, settings, watcher)
         self.fingerprint = {
             "model": fingerprint_model(source.directory),
             "packed": fingerprint_model(packed),
@@ -95,11 +101,25 @@ class _Run:
         self.frozen = settings.model_dump() | {
             "data": settings.data or CALIBRATION_DATA, "context": self.windows.context, "heldout": self._heldout()
         }  # fmt: skip
+        self._refuse_idle()
 
     def _heldout(self) -> int:
         """Held-out windows: those asked for, or a fifth of a text that is too short."""
         rows = self.windows.rows
         return self.settings.heldout if rows > 2 * self.settings.heldout else max(1, rows // 5)
+
+    def _refuse_idle(self) -> None:
+        """Raise SettingsError where a process would have nothing to do, and say where one will wait for others."""
+        batches = [kind.batch for kind in (self.settings.blocks, self.settings.end_to_end) if kind is not None]
+        heldout, count = self._heldout(), self.processes.world
+        work = {"windows in a step": min(batches), "held-out windows": heldout, "training windows": self.windows.rows - heldout}
+        for what, number in work.items():
+            if number < count:
+                raise SettingsError(
+                    f"{number} {what} leave some of {count} processes idle", f"start at most {number} processes"
+                )
+        if any(batch % count for batch in batches):
+            self.watcher.note(f"a step's {min(batches)} windows do not divide evenly among {count} processes: some will wait")
 
     def record(self) -> dict[str, Any]:
         return {"finetune": {"settings": self.frozen, "fingerprint": self.fingerprint}}
@@ -122,7 +142,9 @@ class _Run:
         after = report["end_to_end"]["after"] if "end_to_end" in report else min(before, report["blocks"]["after"])
         figures = {"heldout_before": before, "heldout_after": after}
         if after < before:
-            if self.is_written() and not self.force:
+            if not self.processes.is_main:
+                pass
+            elif self.is_written() and not self.force:
                 self.watcher.note(f"{self.out} is complete already: nothing was done")
             else:
                 provenance = {"finetune": self.frozen | figures}
@@ -138,7 +160,7 @@ class _Run:
     def _blocks(self, settings: BlockTuning) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(report, stored name -> tensor; nothing where the tuned blocks are no better together than the untuned ones)."""
         frozen = self._frozen("blocks")
-        with RunDirectory.open(self._job("blocks"), BLOCKS_STAGE, frozen, self.fingerprint, force=self.force) as job:
+        with self._open("blocks", BLOCKS_STAGE, frozen, self.fingerprint) as job:
             skeleton = Skeleton(self.source, device=default_device())
             count = len(skeleton.blocks)
             self._tune_missing(settings, skeleton, job)
@@ -158,11 +180,11 @@ class _Run:
         if not missing:
             return
         tuner = BlockTuner(
-            skeleton, self.windows.tokens, self._heldout(), settings, job.path, self.watcher, self.memory_gib
-        )  # fmt: skip
+            skeleton, self.windows.tokens, self._heldout(), settings, job.path, self.watcher, self.memory_gib, self.processes
+        )
         try:
             for index in range(missing[-1] + 1):
-                checkpoint()
+                self.processes.checkpoint()
                 prefix = skeleton.blocks[index][0]
                 dtypes, layers = self.packed.vectors(prefix), self.packed.layers(prefix)
                 others = {name: self.packed.read(name) for name in dtypes}
@@ -181,13 +203,12 @@ class _Run:
         """KL on the held-out windows, of the packed model as it is and with its tuned blocks."""
         rows = self.windows.tokens[-self._heldout() :]
         student = distill.Student(self.packed, {}, None, self.source.trust_remote_code)
-        batches = list(rows.split(distill.micro_rows(len(rows), rows.shape[1], student.vocabulary)))
-        teacher = Teacher(Skeleton(self.source, device=default_device()), batches, job.path, self.watcher, self.memory_gib)
+        share = self._share(rows, len(rows), student)
+        teacher = self._teacher(share, job)
         try:
-            everything = range(len(batches))
-            before = distill.heldout_divergence(student, teacher, batches, everything)
+            before = distill.heldout_divergence(student, teacher, share, self.processes)
             student.change(changed)
-            after = distill.heldout_divergence(student, teacher, batches, everything)
+            after = distill.heldout_divergence(student, teacher, share, self.processes)
         finally:
             teacher.close()
         return {"before": before, "after": after}
@@ -197,27 +218,33 @@ class _Run:
     def _end(self, settings: EndTuning, changed: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         frozen = self._frozen("end_to_end") | ({"blocks": self.frozen["blocks"]} if self.settings.blocks else {})
         fingerprint = self.fingerprint | {"start": _hash(changed)}
-        with RunDirectory.open(self._job("end"), END_STAGE, frozen, fingerprint, force=self.force) as job:
+        with self._open("end", END_STAGE, frozen, fingerprint) as job:
             if not job.done(distill.RESULT):
                 self._distill(settings, changed, job)
             return job.report(distill.RESULT), job.read(distill.RESULT)
 
     def _distill(self, settings: EndTuning, changed: dict[str, Tensor], job: RunDirectory) -> None:
         student = distill.Student(self.packed, changed, settings, self.source.trust_remote_code)
-        tokens, heldout = self.windows.tokens, self._heldout()
-        micro = distill.micro_rows(settings.batch, tokens.shape[1], student.vocabulary)
-        train, held = tokens[:-heldout].split(micro), tokens[-heldout:].split(micro)
-        batches: Sequence[Tensor] = [*train, *held]
-        teacher = Teacher(Skeleton(self.source, device=default_device()), batches, job.path, self.watcher, self.memory_gib)
+        share = self._share(self.windows.tokens, settings.batch, student)
+        teacher = self._teacher(share, job)
         try:
             trained = student.prepare(self.packed, self.memory_gib)
-            per_step = settings.batch // micro
-            held_range = range(len(train), len(batches))
-            distill.Distiller(student, trained, teacher, batches, held_range, per_step, job, self.watcher).run()
+            distill.Distiller(student, trained, teacher, share, job, self.watcher, self.processes).run()
         finally:
             teacher.close()
 
     # ---- small things ------------------------------------------------------------------------------------------------------
+
+    def _share(self, tokens: Tensor, batch: int, student: distill.Student) -> Share:
+        most = distill.most_rows(tokens.shape[1], student.vocabulary)
+        return share_of(tokens, self._heldout(), batch, most, self.processes.rank, self.processes.world)
+
+    def _teacher(self, share: Share, job: RunDirectory) -> Teacher:
+        skeleton = Skeleton(self.source, device=default_device())
+        return Teacher(skeleton, share.pieces, job.path, self.watcher, self.memory_gib, self.processes)
+
+    def _open(self, kind: str, stage: str, frozen: dict[str, Any], fingerprint: dict[str, Any]) -> SharedDirectory:
+        return SharedDirectory.join(self.processes, self._job(kind), stage, frozen, fingerprint, self.force)
 
     def _frozen(self, kind: str) -> dict[str, Any]:
         return {name: value for name, value in self.frozen.items() if name not in ("blocks", "end_to_end") or name == kind}

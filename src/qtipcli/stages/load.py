@@ -11,11 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import qtipcli  # noqa: F401, registers the format with transformers
 from qtipcli.errors import QtipError
+from qtipcli.job import launcher
 
 
 def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU where there is one; where several processes share a machine, each its own, cuda:LOCAL_RANK."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", launcher.local_rank()) if launcher.world() > 1 else torch.device("cuda")
 
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtipcli.job.interrupt import checkpoint
+from qtipcli.job.processes import ALONE, Processes
 from qtipcli.model.inputs import AfterBlocks, run_block
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.stages import streams
@@ -27,16 +27,23 @@ class Teacher:
         batches: the rows.
         directory: where hidden states go that do not fit into `memory_gib` GiB.
         watcher: hears of each block that is done.
+        processes: those that stop together; each has batches of its own.
     """
 
     def __init__(
-        self, skeleton: Skeleton, batches: Sequence[Tensor], directory: Path, watcher: Watcher, memory_gib: float
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Tensor],
+        directory: Path,
+        watcher: Watcher,
+        memory_gib: float,
+        processes: Processes = ALONE,
     ) -> None:
         self._skeleton, self._batches = skeleton, batches
-        (self._last,), calls = streams.start(skeleton, batches, ["teacher"], directory, memory_gib, watcher)
+        (self._last,), calls = streams.start(skeleton, batches, [f"teacher-{processes.rank}"], directory, memory_gib, watcher)
         watcher.begin("teacher", len(skeleton.blocks))
         for block in range(len(skeleton.blocks)):
-            checkpoint()
+            processes.checkpoint()
             skeleton.materialize(block)
             for index in range(len(batches)):
                 self._last.write(index, run_block(skeleton, block, streams.batch_at(self._last, calls, index)))

@@ -7,7 +7,7 @@ of it. A block is trained to answer the quantized stream as the original block a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qtipcli.config import BlockTuning
 from qtipcli.errors import SettingsError
-from qtipcli.job.interrupt import checkpoint
+from qtipcli.job.processes import ALONE, Processes
 from qtipcli.model.inputs import run_block, through_block
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.nn.layout import PackedLayout
@@ -26,9 +26,10 @@ from qtipcli.stages import streams
 from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Watcher
 from qtipcli.tune.activations import Activations
-from qtipcli.tune.descent import Descent, largest_divisor, order
+from qtipcli.tune.descent import Descent, order
 from qtipcli.tune.linear import TunedLinear
 from qtipcli.tune.parameters import Rates, Trained
+from qtipcli.tune.share import share_of
 
 MICRO_TOKENS = 4096
 """Tokens that go through a block with gradients at once; more rows to a step are taken one after the other."""
@@ -52,6 +53,7 @@ class BlockTuner:
         settings: of the training.
         directory: a run directory, where activations go that do not fit into `memory_gib` GiB.
         watcher: hears of each block.
+        processes: those that share the rows; each carries its own rows through the blocks, and all end with the same tensors.
     """
 
     def __init__(
@@ -63,20 +65,19 @@ class BlockTuner:
         directory: Path,
         watcher: Watcher,
         memory_gib: float = streams.DEFAULT_MEMORY_GIB,
+        processes: Processes = ALONE,
     ) -> None:
         if not 0 < heldout < len(tokens):
             raise SettingsError(
                 f"{heldout} held-out windows of {len(tokens)} leave none to train on", "give longer text or smaller --heldout"
             )
-        self.skeleton, self.settings, self.watcher = skeleton, settings, watcher
-        micro = largest_divisor(settings.batch, MICRO_TOKENS // tokens.shape[1])
-        # No batch holds rows of both kinds.
-        train, held = tokens[:-heldout].split(micro), tokens[-heldout:].split(micro)
-        self._train, self._held = range(len(train)), range(len(train), len(train) + len(held))
-        self._per_step = settings.batch // micro
+        self.skeleton, self.settings, self.watcher, self.processes = skeleton, settings, watcher, processes
+        most_rows = MICRO_TOKENS // tokens.shape[1]
+        self._share = share_of(tokens, heldout, settings.batch, most_rows, processes.rank, processes.world)
+        self._heldout_rows = heldout
         self._row = tokens[:1]
-        names = ("original", "quantized")
-        both, self._calls = streams.start(skeleton, [*train, *held], names, directory, memory_gib, watcher)
+        names = (f"original-{processes.rank}", f"quantized-{processes.rank}")
+        both, self._calls = streams.start(skeleton, self._share.pieces, names, directory, memory_gib, watcher)
         self.original, self.quantized = both
 
     @cached_property
@@ -97,7 +98,7 @@ class BlockTuner:
         rates = Rates(self.settings.learning_rate, self.settings.norm_rate, self.settings.lut_rate)
         with self._quantized_block(index, layers, others, rates.luts > 0) as block:
             trained = Trained(block, self.skeleton.blocks[index][0], dtypes, rates)
-            descent = Descent(trained, self.settings.epochs * -(-len(self._train) // self._per_step))
+            descent = Descent(trained, self.settings.epochs * len(self._share.steps), self.processes.sum_gradients)
             losses = self._descend(index, descent)
             trained.load(descent.best)
             self._forward(index, self.quantized, self.quantized)
@@ -120,45 +121,44 @@ class BlockTuner:
         """Held-out losses: before, and after each epoch."""
         scale = self._target_power()
         losses = [descent.judge(lambda: self._heldout(index, scale))]
-        micros = list(self._train)
         for epoch in range(self.settings.epochs):
-            shuffled = [micros[place] for place in order(len(micros), self.settings.seed, epoch)]
-            for start in range(0, len(shuffled), self._per_step):
-                checkpoint()
-                chosen = shuffled[start : start + self._per_step]
-                descent.take_step(lambda chosen=chosen: self._backward(index, chosen, scale))
+            for step in order(len(self._share.steps), self.settings.seed, epoch):
+                self.processes.checkpoint()
+                descent.take_step(lambda step=step: self._backward(index, step, scale))
             losses.append(descent.judge(lambda: self._heldout(index, scale)))
         return losses
 
-    def _backward(self, index: int, chosen: Sequence[int], scale: float) -> float:
-        rows = sum(self.quantized.shapes[micro][0] for micro in chosen)
+    def _backward(self, index: int, step: int, scale: float) -> float:
         total = 0.0
-        for micro in chosen:
-            loss = self._loss(index, micro, scale) * (self.quantized.shapes[micro][0] / rows)
+        for piece in self._share.steps[step]:
+            loss = self._loss(index, piece, scale) * (self._rows(piece) / self._share.rows[step])
             loss.backward()
             total += float(loss.detach())
-        return total
+        return self.processes.sum_numbers(total)[0]
 
-    def _loss(self, index: int, micro: int, scale: float) -> Tensor:
+    def _rows(self, piece: int) -> int:
+        return len(self._share.pieces[piece])
+
+    def _loss(self, index: int, piece: int, scale: float) -> Tensor:
         device = self.skeleton.device
-        hidden = self.quantized.read(micro).to(device, copy=True)
-        output = through_block(self.skeleton, index, hidden, self._calls[micro][index])
-        target = self.original.read(micro).to(device)
+        hidden = self.quantized.read(piece).to(device, copy=True)
+        output = through_block(self.skeleton, index, hidden, self._calls[piece][index])
+        target = self.original.read(piece).to(device)
         return (output.float() - target.float()).square().mean() / scale
 
     @torch.no_grad()
     def _heldout(self, index: int, scale: float) -> float:
-        sums = [float(self._loss(index, micro, scale)) * self.quantized.shapes[micro][0] for micro in self._held]
-        return sum(sums) / sum(self.quantized.shapes[micro][0] for micro in self._held)
+        total = sum(float(self._loss(index, piece, scale)) * self._rows(piece) for piece in self._share.held)
+        return self.processes.sum_numbers(total)[0] / self._heldout_rows
 
     def _target_power(self) -> float:
         """Mean square of the held-out targets."""
-        squares = [self.original.read(micro).double().square().mean().item() for micro in self._held]
-        return max(sum(squares) / len(squares), 1e-30)
+        total = sum(self.original.read(piece).double().square().mean().item() * self._rows(piece) for piece in self._share.held)
+        return max(self.processes.sum_numbers(total)[0] / self._heldout_rows, 1e-30)
 
     def _forward(self, index: int, source: Activations, target: Activations) -> None:
-        for micro in range(len(source)):
-            target.write(micro, run_block(self.skeleton, index, streams.batch_at(source, self._calls, micro)))
+        for piece in range(len(source)):
+            target.write(piece, run_block(self.skeleton, index, streams.batch_at(source, self._calls, piece)))
 
     def _quantized_block(
         self, index: int, layers: Mapping[str, TrellisLinear], others: Mapping[str, Tensor], trains_lut: bool

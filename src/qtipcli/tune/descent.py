@@ -28,7 +28,7 @@ class Descent:
     """Adam over `trained` for `steps` steps, with a linear warm-up and a cosine to nothing.
 
     steps: of the whole descent. reduce: called with the masters after gradients are complete and before they are used; where
-    several processes share a descent, it averages the gradients among them. One process needs none.
+    several processes share a descent, it sums the gradients over them. One process needs none.
 
     Attributes:
         step: steps taken. best: the stored state (Trained.stored) with the lowest held-out loss. best_loss: that loss.

@@ -1,0 +1,77 @@
+"""Owns the run directory of several processes: the first writes, under the lock; all read, and see a commit when it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qtipcli.errors import PeerError, SettingsError
+from qtipcli.job.directory import RunDirectory
+from qtipcli.job.processes import ALONE, Processes
+from qtipcli.job.record import differences, normalized
+
+
+class SharedDirectory(RunDirectory):
+    """A RunDirectory that every process of a job has open. `commit` and `forget` are collective."""
+
+    _processes = ALONE
+
+    @classmethod
+    def join(
+        cls,
+        processes: Processes,
+        path: Path,
+        stage: str,
+        settings: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
+        force: bool = False,
+    ) -> SharedDirectory:
+        """Open the job in the first process, as RunDirectory.open does, and then for reading in the others.
+
+        Raises SettingsError where the processes were given different things, and what RunDirectory.open raises.
+        """
+        _refuse_different(processes, {"stage": stage, "settings": normalized(settings), "fingerprint": normalized(fingerprint)})
+        with processes.main_first():
+            opened = cls.open(path, stage, settings, fingerprint, force) if processes.is_main else cls.load(path, stage)
+        opened._processes = processes
+        return opened
+
+    def commit(
+        self,
+        key: str,
+        tensors: Mapping[str, Tensor],
+        report: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """As RunDirectory.commit. Only the first process's tensors and report count."""
+        if self._processes.is_main:
+            super().commit(key, tensors, report, metadata)
+        self._meet()
+
+    def forget(self, *keys: str) -> None:
+        """As RunDirectory.forget."""
+        if self._processes.is_main:
+            super().forget(*keys)
+        self._meet()
+
+    def _meet(self) -> None:
+        self._processes.barrier()
+        if not self._processes.is_main:
+            self.refresh()
+        self._processes.barrier()  # or the first could write the ledger while others read it
+
+
+def _refuse_different(processes: Processes, asked: dict[str, Any]) -> None:
+    """Before anything is written: machines of one job may hold different models or texts under the same names."""
+    found = list(differences(processes.broadcast(asked), asked))
+    if not any(processes.sum_numbers(len(found))):
+        return
+    if not found:
+        raise PeerError("another process was given something else, and says what")
+    raise SettingsError(
+        f"process {processes.rank} was given something else than the first one: {found[0]}",
+        "give every process the same model, text and settings",
+    )
