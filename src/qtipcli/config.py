@@ -107,6 +107,8 @@ class QuantizeSettings(_Strict):
     table's. search: refine that ratio for each matrix. fast: the encoder's shorter first pass.
     quantized_prefix: calibrate each block on what the blocks before it give once quantized.
     tune_blocks: tune each block as soon as it is rounded, on the calibration windows; the next block sees the tuned one.
+    head_bits, embedding_bits: rates of the head and of the token embedding, in the same code; None leaves them as they are. A
+    tied head and embedding are one matrix, which embedding_bits packs. Neither is named by the patterns.
     seed: of the random signs. skip: patterns of layers left as they are. layers: pattern -> other settings, first match wins.
     Patterns are those of the shell (fnmatch), on full names such as "model.layers.0.self_attn.v_proj".
     """
@@ -122,6 +124,8 @@ class QuantizeSettings(_Strict):
     fast: bool = False
     quantized_prefix: bool = False
     tune_blocks: BlockTuning | None = None
+    head_bits: float | None = None
+    embedding_bits: float | None = None
     seed: int = Field(0, ge=0)
     skip: tuple[str, ...] = ()
     layers: dict[str, LayerSettings] = {}
@@ -138,7 +142,8 @@ class QuantizeSettings(_Strict):
 
     def model_post_init(self, context: Any) -> None:
         self.spec()
-        for override in self.layers.values():
+        rates = [LayerSettings(bits=bits) for bits in (self.head_bits, self.embedding_bits) if bits is not None]
+        for override in (*self.layers.values(), *rates):
             self.spec(override)
 
     def spec(self, override: LayerSettings | None = None) -> TrellisSpec:

@@ -27,6 +27,7 @@ SAFE_STEP_EXPONENTS = (-9, 4)
 class RoundingSettings:
     """How matrices are rounded.
 
+    transform: of both sides; transform_out: of the output side where that has another.
     scale: rms of the weights over rms of the code; None takes the table's value for the code and rate, and search refines it.
     damping: share of the Hessian's mean diagonal added to it. refit: closed-form scales after rounding.
     fast: the encoder's shorter first pass. seed: of the random signs.
@@ -39,6 +40,7 @@ class RoundingSettings:
     search: bool = True
     fast: bool = False
     seed: int = 0
+    transform_out: Transform | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def _round(
     settings: RoundingSettings,
 ) -> _RoundedLayer:
     signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out").to(weight_OI.device)
-    turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform)
+    turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform, settings.transform_out)
     weight_rms = rms(turned_PJ)
     scale = settings.scale if settings.scale is not None else source_scale(spec)
     if settings.search and settings.scale is None and weight_rms > 0:
@@ -137,7 +139,8 @@ def _round(
     step_size = weight_rms / (scale * rms(table_SV))
     states, rounded_PJ = round_ldlq(turned_PJ / (step_size or 1.0), basis.lower_JJ, tile_rounder(spec, table_SV, settings.fast))
     words = pack(states.reshape(-1, spec.steps), spec)
-    decoded_OI = rotate_weight_back(rounded_PJ * step_size, signs_O, basis.signs_I, settings.transform)
+    turn = (settings.transform, settings.transform_out)
+    decoded_OI = rotate_weight_back(rounded_PJ * step_size, signs_O, basis.signs_I, *turn)
     return _RoundedLayer(weight_OI, decoded_OI, words.reshape(len(states), -1), signs_O, step_size, scale)
 
 

@@ -12,7 +12,7 @@ from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import calibrate, pack, quantize
+from qtipcli.stages import calibrate, outer, pack, quantize
 from qtipcli.stages.progress import Watcher
 
 
@@ -50,7 +50,9 @@ def quantize_model(
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
-    _calibrate(source, calibration, hessians, force, watcher)
+    wants_outer = outer.shard_keys(settings.model_dump())
+    head = bool(wants_outer) and outer.needs_head_hessian(outer.plan(Skeleton(source), settings))
+    _calibrate(source, calibration, hessians, force, watcher, head)
     quantize.run(source, settings, hessians, job, force, watcher)
     return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
 
@@ -59,7 +61,9 @@ def _is_packed(job: Path, out: Path) -> bool:
     return (job / "job.json").is_file() and pack.packed_from(out, RunDirectory.load(job, quantize.STAGE))
 
 
-def _calibrate(source: ModelSource, asked: Mapping[str, Any], directory: Path, force: bool, watcher: Watcher) -> None:
+def _calibrate(
+    source: ModelSource, asked: Mapping[str, Any], directory: Path, force: bool, watcher: Watcher, head: bool
+) -> None:
     found = _found_hessians(directory, force)
     settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
     if found is not None:
@@ -68,9 +72,12 @@ def _calibrate(source: ModelSource, asked: Mapping[str, Any], directory: Path, f
         if is_same and is_whole and calibrate.is_complete(found, Skeleton(source)):
             # Finished Hessians do not need their text any more: it may have been moved.
             watcher.note(f"the Hessians in {directory} are used")
+            if head and not found.done(calibrate.HEAD):
+                watcher.note(f"that of the head's input is added to {directory}")
+                calibrate.add_head(source, directory, watcher)
             return
     try:
-        calibrate.run(source, settings, directory, force, watcher)
+        calibrate.run(source, settings, directory, force, watcher, head)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"

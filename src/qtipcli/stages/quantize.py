@@ -2,7 +2,8 @@
 
 A shard holds, for each layer, `<name>.trellis`, `<name>.scale_in`, `<name>.scale_out` (docs/format.md). With a quantized
 prefix the stage makes its own Hessians, block by block; otherwise it reads those of the calibrate stage. With block tuning
-each block is tuned before the next is rounded, and its shard also holds the norms and biases that were trained.
+each block is tuned before the next is rounded, and its shard also holds the norms and biases that were trained. What lies
+outside the blocks (qtipcli.stages.outer) has a shard for itself.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
 from qtipcli.quant.transform import Transform
-from qtipcli.stages import calibrate
+from qtipcli.stages import calibrate, outer
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.load import default_device
 from qtipcli.stages.progress import Silent, Watcher
@@ -71,9 +72,13 @@ def run(
     frozen = settings.model_dump()
     if settings.tune_blocks is None:
         del frozen["tune_blocks"]  # jobs that were started before there was tuning go on
+    for name in ("head_bits", "embedding_bits"):
+        if frozen[name] is None:
+            del frozen[name]  # as above
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         stage = _Quantizer(source, settings, calibration, job, watcher)
         stage.run()
+        stage.run_outer()
     return directory
 
 
@@ -90,6 +95,11 @@ class _Quantizer:
             watcher.note(note)
         _refuse_unsupported(source, self.skeleton)
         self._refuse_unused_patterns()
+        self.outer = outer.plan(self.skeleton, settings)
+        if outer.needs_head_hessian(self.outer) and not calibration.done(calibrate.HEAD):
+            raise QtipError(
+                f"{calibration.path} has no Hessian of the head's input", "add it: qtip calibrate --head, else as before"
+            )
 
     def run(self) -> None:
         blocks = range(len(self.skeleton.blocks))
@@ -111,6 +121,22 @@ class _Quantizer:
             if missing and self.settings.quantized_prefix and index < missing[-1]:
                 self._forward_quantized(index, batches)
             self.skeleton.release(index)
+
+    def run_outer(self) -> None:
+        """Round what lies outside the blocks, one matrix in memory at a time."""
+        missing = [matrix for matrix in self.outer.values() if not self.job.done(matrix.key)]
+        if self.outer:
+            self.watcher.begin("quantize outside the blocks", len(self.outer), len(self.outer) - len(missing))
+        for matrix in missing:
+            checkpoint()
+            name, started = matrix.name, time.monotonic()
+            weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device)
+            packed = self._round({name: weight}, matrix.hessian(self.calibration).to(self.skeleton.device))[name]
+            report = self._report(name, packed, matrix.stand_in()) | matrix.report()
+            tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
+            self._announce(name, report, time.monotonic() - started)
+            self.job.commit(matrix.key, tensors, {"layers": {name: report}, "left": matrix.left()})
+            self.watcher.advance(name)
 
     def _run_tuned(self, missing: list[int], settings: BlockTuning) -> None:
         """Round a block, tune it, and round the next one behind it."""
@@ -195,12 +221,15 @@ class _Quantizer:
             search=self.settings.search and self.settings.scale is None,
             fast=self.settings.fast,
             seed=self.settings.seed,
+            transform_out=next((self.outer[name].transform_out for name in weights if name in self.outer), None),
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
         return round_group(weights, hessian_II, specs, settings, luts)
 
     def _spec(self, name: str) -> TrellisSpec:
+        if name in self.outer:
+            return self.outer[name].spec
         override = next((value for pattern, value in self.settings.layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
         return self.settings.spec(override)
 
@@ -277,9 +306,9 @@ def _packed_layers(reports: Mapping[str, Mapping[str, Any]], tensors: Mapping[st
 def layout_of(report: Mapping[str, Any]) -> PackedLayout:
     """The layout of a layer from what the ledger keeps of it."""
     spec = TrellisSpec(report["code"], report["bits_per_step"], report["state_bits"], report["weights_per_step"])
-    transform = Transform.parse(report["transform"])
+    sides = (Transform.parse(report["transform"]), Transform.parse(report.get("transform_out", report["transform"])))
     rows, columns = report["shape"]
-    return PackedLayout(columns, rows, spec, transform, transform, report["bias"])
+    return PackedLayout(columns, rows, spec, *sides, report["bias"], report.get("embedding", False))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
