@@ -108,7 +108,8 @@ class QuantizeSettings(_Strict):
     quantized_prefix: calibrate each block on what the blocks before it give once quantized.
     tune_blocks: tune each block as soon as it is rounded, on the calibration windows; the next block sees the tuned one.
     head_bits, embedding_bits: rates of the head and of the token embedding, in the same code; None leaves them as they are. A
-    tied head and embedding are one matrix, which embedding_bits packs. Neither is named by the patterns.
+    tied head and embedding are one matrix, which embedding_bits packs. Patterns do not reach them, and the Hessian of the
+    head's input is the original model's even with a quantized prefix.
     seed: of the random signs. skip: patterns of layers left as they are. layers: pattern -> other settings, first match wins.
     Patterns are those of the shell (fnmatch), on full names such as "model.layers.0.self_attn.v_proj".
     """
@@ -142,9 +143,13 @@ class QuantizeSettings(_Strict):
 
     def model_post_init(self, context: Any) -> None:
         self.spec()
-        rates = [LayerSettings(bits=bits) for bits in (self.head_bits, self.embedding_bits) if bits is not None]
-        for override in (*self.layers.values(), *rates):
+        for override in self.layers.values():
             self.spec(override)
+        for name in ("head_bits", "embedding_bits"):
+            try:
+                self.spec(LayerSettings(bits=getattr(self, name)))
+            except SettingsError as error:
+                raise SettingsError(f"setting {name}: {error.message}", error.hint) from error
 
     def spec(self, override: LayerSettings | None = None) -> TrellisSpec:
         """The trellis of a layer. Raises SettingsError naming the nearest rates where the code has none such."""

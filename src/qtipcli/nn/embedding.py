@@ -83,17 +83,26 @@ def _is_recorded(tensor: torch.Tensor) -> bool:
 
 
 class TrellisHead(nn.Module):
-    """The head of a model whose packed embedding is its matrix: y = x @ A^T + bias from the embedding's own parameters.
+    """The head of a model whose packed embedding is its matrix: y = x @ A^T from the embedding's own parameters.
 
-    embedding: not a child, so that it stays in one place in the model and on disk. bias: [O], or None.
-    weight: the embedding's empty one, which is what ties the two in the eyes of transformers.
+    embedding: not a child, so that it stays in one place in the model and on disk. The head has no parameters of its own.
     """
 
-    def __init__(self, embedding: TrellisEmbedding, bias: nn.Parameter | None = None) -> None:
+    bias = None
+
+    def __init__(self, embedding: TrellisEmbedding) -> None:
         super().__init__()
         self._tied = (embedding,)  # in a tuple nn.Module does not see it
-        self.weight = embedding.weight
-        self.bias = bias
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Leave out `weight`: transformers ties a head by setting it to the embedding's, which it is already."""
+        if name != "weight":
+            super().register_parameter(name, param)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The embedding's empty one."""
+        return self.embedding.weight
 
     @property
     def embedding(self) -> TrellisEmbedding:
@@ -127,7 +136,8 @@ class TrellisHead(nn.Module):
                 "the head computes from the packed embedding, whose weights are not in memory",
                 "load the model without offloading the embedding",
             )
-        return packed_linear(x, (self,), trellis)[0]
+        # Where a model is spread over devices, the two may have come to different ones.
+        return packed_linear(x.to(trellis.device), (self,), trellis)[0].to(x.device)
 
     def extra_repr(self) -> str:
         return f"tied to a packed embedding of {self.embedding.num_embeddings} x {self.embedding.embedding_dim}"

@@ -1,4 +1,4 @@
-"""Owns the exchange of a model's matrices: linears and embeddings -> packed ones by a table of layouts, and back to plain ones."""
+"""Owns the exchange of a model's linears and embeddings: plain -> packed by a table of layouts, and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def swap(model: nn.Module, layouts: Mapping[str, PackedLayout], heads: Mapping[s
         model.set_submodule(name, packed.train(module.training))
     for head, linear in linears.items():
         embedding = model.get_submodule(heads[head])
-        model.set_submodule(head, TrellisHead(embedding, linear.bias).train(linear.training))
+        model.set_submodule(head, TrellisHead(embedding).train(linear.training))
 
 
 def packed_layers(model: nn.Module) -> dict[str, TrellisLinear]:
@@ -45,9 +45,10 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantize(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
     """Replace every packed module of `model`, in place, by the plain one it stands for, with weights in `dtype`.
 
+    Returns name of each head that is tied to an embedding of `model` which was packed -> that embedding's name.
     Raises QtipError where a layer's weights are not in memory (on the meta device, or offloaded to disk).
     """
     packed = packed_modules(model)
@@ -57,15 +58,16 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             raise QtipError(
                 f"layer {name} cannot be dequantized: its weights are not in memory", "load the model without offloading"
             )
-    weights: dict[int, nn.Parameter] = {}
     for name, layer in packed.items():
-        weights[id(layer)] = nn.Parameter(layer.weight_dense(dtype))
-        model.set_submodule(name, _dense(layer, weights[id(layer)]))
+        model.set_submodule(name, _dense(layer, nn.Parameter(layer.weight_dense(dtype))))
         # Fused layers hold each other; without this the packed weights would stay until Python looks for cycles.
         if isinstance(layer, TrellisLinear) and layer.group is not None:
             layer.group.dissolve()
+    names = {id(layer): name for name, layer in packed.items()}
+    tied = {name: names[id(head.embedding)] for name, head in heads.items()}
     for name, head in heads.items():
-        model.set_submodule(name, _dense(head, weights[id(head.embedding)]))
+        model.set_submodule(name, _dense(head, model.get_submodule(tied[name]).weight))
+    return tied
 
 
 def _checked(model: nn.Module, name: str, layout: PackedLayout, tied: bool = False) -> nn.Linear | nn.Embedding:
@@ -81,7 +83,7 @@ def _checked(model: nn.Module, name: str, layout: PackedLayout, tied: bool = Fal
     if not isinstance(module, nn.Linear):
         raise QtipError(f"layer {name} is {type(module).__name__}, not a linear", "check the table of layers in config.json")
     found = (module.out_features, module.in_features, module.bias is not None)
-    stated = (layout.out_features, layout.in_features, found[2] if tied else layout.bias)
+    stated = (layout.out_features, layout.in_features, layout.bias)
     if found != stated:
         raise QtipError(
             "layer {} is {} x {} with bias {} in the model".format(name, *found)

@@ -1,7 +1,8 @@
 """Owns which matrices outside the decoder blocks are rounded, and how: the head and the token embedding.
 
-A head is rounded under the Hessian of its own input. So is an embedding that is tied to it: the two are one matrix, packed
-once. An embedding by itself is looked up, not multiplied: its Hessian is the identity.
+A head is rounded under the Hessian of its own input, H. An embedding is looked up, which is a product with unit vectors: its
+Hessian is the identity, I. Where it is tied to the head, the one matrix is used in both ways, and its Hessian is the mean of
+both, H / mean(diag H) + I: under H alone the error goes where the head does not see it and the look-up does (docs/log.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from qtipcli.config import LayerSettings, QuantizeSettings
-from qtipcli.errors import SettingsError
+from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.model.outer import find_embedding, find_head, is_tied
 from qtipcli.model.skeleton import Skeleton
@@ -40,8 +41,7 @@ class OuterMatrix:
 
     key: of its shard. name: of its module. shape: [O, I]. bias: whether its module has one.
     spec: its trellis. transform_out: of its output side. embedding: whether its rows are looked up.
-    head: name of a head; where it is not None, the Hessian is that of this head's input, and where it is not `name`, the head
-    is tied to this matrix.
+    head: name of the head whose matrix this is; None for an embedding by itself.
     """
 
     key: str
@@ -54,8 +54,13 @@ class OuterMatrix:
     head: str | None
 
     def hessian(self, calibration: RunDirectory) -> torch.Tensor:
-        """Float32 [I, I]."""
-        return torch.eye(self.shape[1]) if self.head is None else calibration.read(calibrate.HEAD)[self.head]
+        """Float32 [I, I], of the uses that the model makes of the matrix."""
+        looked_up_II = torch.eye(self.shape[1])
+        if self.head is None:
+            return looked_up_II
+        hessian_II = calibration.read(calibrate.HEAD)[self.head]
+        size = float(hessian_II.diagonal().mean())
+        return hessian_II / size + looked_up_II if self.embedding and size > 0 else hessian_II
 
     def stand_in(self) -> nn.Linear:
         """A linear of these sizes, on meta."""
@@ -108,5 +113,15 @@ def _head(skeleton: Skeleton, settings: QuantizeSettings, bits: float) -> OuterM
 def _embedding(skeleton: Skeleton, settings: QuantizeSettings, bits: float) -> OuterMatrix:
     name, embedding = find_embedding(skeleton)
     spec, shape = settings.spec(LayerSettings(bits=bits)), (embedding.num_embeddings, embedding.embedding_dim)
-    head = find_head(skeleton)[0] if is_tied(skeleton) else None
+    head = _tied_head(skeleton) if is_tied(skeleton) else None
     return OuterMatrix(EMBEDDING, name, shape, False, spec, EMBEDDING_ROWS, embedding=True, head=head)
+
+
+def _tied_head(skeleton: Skeleton) -> str:
+    name, linear = find_head(skeleton)
+    if linear.bias is not None:
+        raise QtipError(
+            f"the head of {skeleton.source.name}, {name}, is tied to the token embedding and has a bias",
+            "leave it as it is: leave --embedding-bits out",
+        )
+    return name

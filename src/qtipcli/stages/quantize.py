@@ -28,6 +28,7 @@ from qtipcli.model.source import ModelSource, check_finite
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
+from qtipcli.quant.rows import row_sizes, with_row_sizes
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import calibrate, outer
 from qtipcli.stages.calibrate import block_key
@@ -130,8 +131,11 @@ class _Quantizer:
         for matrix in missing:
             checkpoint()
             name, started = matrix.name, time.monotonic()
-            weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device)
-            packed = self._round({name: weight}, matrix.hessian(self.calibration).to(self.skeleton.device))[name]
+            weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device, torch.float32)
+            check_finite(f"{name}.weight", weight)
+            size_O = row_sizes(weight)
+            even = self._round({name: weight / size_O[:, None]}, matrix.hessian(self.calibration).to(weight.device))[name]
+            packed = with_row_sizes(even, size_O)
             report = self._report(name, packed, matrix.stand_in()) | matrix.report()
             tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
             self._announce(name, report, time.monotonic() - started)
