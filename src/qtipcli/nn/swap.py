@@ -45,10 +45,10 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every packed module of `model`, in place, by the plain one it stands for, with weights in `dtype`.
 
-    Returns name of each head that is tied to an embedding of `model` which was packed -> that embedding's name.
+    A head that was tied to a packed embedding is tied to the plain one.
     Raises QtipError where a layer's weights are not in memory (on the meta device, or offloaded to disk).
     """
     packed = packed_modules(model)
@@ -64,10 +64,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
         if isinstance(layer, TrellisLinear) and layer.group is not None:
             layer.group.dissolve()
     names = {id(layer): name for name, layer in packed.items()}
-    tied = {name: names[id(head.embedding)] for name, head in heads.items()}
     for name, head in heads.items():
-        model.set_submodule(name, _dense(head, model.get_submodule(tied[name]).weight))
-    return tied
+        model.set_submodule(name, _dense(head, model.get_submodule(names[id(head.embedding)]).weight))
 
 
 def _checked(model: nn.Module, name: str, layout: PackedLayout, tied: bool = False) -> nn.Linear | nn.Embedding:
