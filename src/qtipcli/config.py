@@ -108,6 +108,9 @@ class QuantizeSettings(_Strict):
     quantized_prefix: round each layer on what the layers before it give once quantized, and correct it for the difference.
     two_sided: weigh errors by what the loss makes of each layer's outputs, too.
     tune_blocks: tune each block as soon as it is rounded, on the calibration windows; the next block sees the tuned one.
+    head_bits, embedding_bits: rates of the head and of the token embedding, in the same code; None leaves them as they are. A
+    tied head and embedding are one matrix, which embedding_bits packs. Patterns do not reach them, and the Hessian of the
+    head's input is the original model's even with a quantized prefix.
     seed: of the random signs. skip: patterns of layers left as they are. layers: pattern -> other settings, first match wins.
     Patterns are those of the shell (fnmatch), on full names such as "model.layers.0.self_attn.v_proj".
     """
@@ -124,6 +127,8 @@ class QuantizeSettings(_Strict):
     quantized_prefix: bool = True
     two_sided: bool = False
     tune_blocks: BlockTuning | None = None
+    head_bits: float | None = None
+    embedding_bits: float | None = None
     seed: int = Field(0, ge=0)
     skip: tuple[str, ...] = ()
     layers: dict[str, LayerSettings] = {}
@@ -142,6 +147,11 @@ class QuantizeSettings(_Strict):
         self.spec()
         for override in self.layers.values():
             self.spec(override)
+        for name in ("head_bits", "embedding_bits"):
+            try:
+                self.spec(LayerSettings(bits=getattr(self, name)))
+            except SettingsError as error:
+                raise SettingsError(f"setting {name}: {error.message}", error.hint) from error
 
     def spec(self, override: LayerSettings | None = None) -> TrellisSpec:
         """The trellis of a layer. Raises SettingsError naming the nearest rates where the code has none such."""

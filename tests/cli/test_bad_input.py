@@ -148,6 +148,11 @@ def test_a_layer_that_sees_only_zeros_is_rounded_and_reported(quantize: Qtip, ow
         (("--preset", "papre"), ("papre", "paper")),
         (("--damping", "-1"), ("damping", "-1")),
         (("--scale", "0"), ("scale", "0")),
+        (("--head-bits", "2.25"), ("head_bits", "2.25", "2 and 3")),
+        (("--embedding-bits", "9"), ("embedding_bits", "9 bits", "8")),
+        (("--embedding-bits", "6", "--code", "hyb"), ("embedding_bits", "hyb", "6")),
+        (("--head-bits", "4"), ("token embedding", "say --embedding-bits 4")),
+        (("--head-bits", "4", "--embedding-bits", "6"), ("token embedding", "leave --head-bits out")),
     ],
 )
 def test_settings_that_nothing_offers(options: tuple[str, ...], words: tuple[str, ...], quantize: Qtip, tmp_path: Path) -> None:

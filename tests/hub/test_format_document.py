@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from qtipcli.hub.config import LAYER_FIELDS, OPTIONAL, REQUIRED, QtipConfig
+from qtipcli.nn.embedding import TrellisEmbedding
 from qtipcli.nn.layout import PackedLayout
+from qtipcli.quant.transform import Transform
 from qtipcli_kernels import codes, packing
 from qtipcli_kernels.hadamard import reference
 from qtipcli_kernels.hadamard.factor import factor
@@ -16,6 +18,7 @@ from qtipcli_kernels.spec import TrellisSpec
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 TRANSFORMS = re.search(r"^```transform\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[1].splitlines()
+EMBEDDING = re.search(r"^```embedding\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[1].splitlines()
 VECTORS = re.findall(r"^```vector (\w+) (\d) (\d)\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
 
 
@@ -95,3 +98,22 @@ def test_the_formula_for_the_order_of_weights_is_packings():
         row = lane // 4 + 8 * (r // 2 % 2)
         column = 2 * (lane % 4) + r % 2 + 8 * (r // 4)
         assert packing.WALK_TO_TILE[position].item() == 16 * row + column
+
+
+def test_the_rows_of_the_embedding_are_right():
+    """By definition: values in the documented order, Sylvester's matrix by its formula on both sides."""
+    spec = TrellisSpec("1mad", 2)
+    values = codes.values(packing.unpack(ring(spec), spec), spec).reshape(256).double()
+    tile = torch.empty(256, dtype=torch.float64)
+    tile[packing.WALK_TO_TILE] = values
+    sylvester = torch.tensor([[(-1) ** (b & c).bit_count() / 4 for c in range(16)] for b in range(16)], dtype=torch.float64)
+    dense = sylvester.T @ tile.reshape(16, 16) @ sylvester
+    by_16 = Transform("block", 16)
+    layer = TrellisEmbedding(PackedLayout(16, 16, spec, by_16, by_16, embedding=True), dtype=torch.float32)
+    layer.trellis.data = ring(spec)
+    assert len(EMBEDDING) == 3
+    for line in EMBEDDING:
+        token, *stated = line.split()
+        expected = pytest.approx([float(value) for value in stated], abs=1e-6)  # six decimals in the document
+        assert dense[int(token), : len(stated)].tolist() == expected
+        assert layer(torch.tensor(int(token)))[: len(stated)].tolist() == expected

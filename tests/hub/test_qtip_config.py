@@ -16,6 +16,7 @@ LAYOUTS = {
     "b": PackedLayout(64, 48, TrellisSpec("hyb", 3), bias=True),
     "c": PackedLayout(64, 48, TrellisSpec("1mad", 2, 14), Transform("block"), Transform("block", 64)),
 }
+TOKENS = PackedLayout(64, 48, TrellisSpec("hyb", 3), Transform(), Transform("block", 16), embedding=True)
 
 
 def config() -> dict:
@@ -69,6 +70,15 @@ def test_reading_does_not_change_what_the_caller_passed():
     assert given == config()
 
 
+def test_an_embedding_says_that_it_is_one_and_nothing_else_does():
+    written = QtipConfig.from_layouts({**LAYOUTS, "tokens": TOKENS}, {})
+    assert written.layers["tokens"] == {"shape": [48, 64], "embedding": True, "transform_out": "block-16"}
+    assert QtipConfig.from_dict(json.loads(written.to_json_string())).layouts()["tokens"] == TOKENS
+    # Files from before there were packed embeddings have no such field, and are read as they were.
+    assert "embedding" not in json.dumps(config())
+    assert not any(layout.embedding for layout in QtipConfig.from_dict(config()).layouts().values())
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -100,6 +110,8 @@ def test_reading_does_not_change_what_the_caller_passed():
         ({"layers": {"a": {"shape": [48, 64, 1]}}}, r"layer a .*shape"),
         ({"layers": {"a": {"shape": [48, 64], "bias": 1}}}, "layer a .*bias 1"),
         ({"layers": {"a": {"shape": [48, 64], "code": "lut", "weights_per_step": 3}}}, "layer a .*weights per step"),
+        ({"layers": {"a": {"shape": [48, 64], "embedding": "yes"}}}, "layer a .*embedding 'yes'"),
+        ({"layers": {"a": {"shape": [48, 64], "embedding": True, "bias": True}}}, "layer a .*embedding with a bias"),
         ({"not_converted": ["lm_head"]}, "not_converted"),
         ({"provenance": "me"}, "provenance"),
     ],

@@ -54,3 +54,8 @@ def test_stored_bits_count_padding_scales_and_table_but_not_the_bias():
 def test_a_linear_without_features_is_refused():
     with pytest.raises(QtipError, match="0 x 16"):
         PackedLayout(16, 0, TrellisSpec("1mad", 2))
+
+
+def test_an_embedding_with_a_bias_is_refused():
+    with pytest.raises(QtipError, match="an embedding with a bias"):
+        PackedLayout(16, 16, TrellisSpec("1mad", 2), bias=True, embedding=True)

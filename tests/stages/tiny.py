@@ -40,9 +40,12 @@ KINDS = {
 """An intermediate size that no tile divides in both; a tied head in one, biases and a head of its own in the other."""
 
 
-def save_model(kind: str, directory: Path, **how: Any) -> Path:
-    """A random float32 model of this kind with tokenizer; `how` goes to save_pretrained. The same bytes on every call."""
-    name, settings = KINDS[kind]
+def save_model(kind: str, directory: Path, changes: dict[str, Any] | None = None, **how: Any) -> Path:
+    """A random float32 model of this kind with tokenizer. The same bytes on every call.
+
+    changes: to its config. how: goes to save_pretrained.
+    """
+    name, settings = KINDS[kind][0], KINDS[kind][1] | (changes or {})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), dtype=torch.float32)
     with torch.no_grad():

@@ -60,6 +60,7 @@ def calibrate(
     context: options.Context = None,
     seed: options.Seed = None,
     two_sided: Annotated[bool, typer.Option("--two-sided", help="One of each layer's outputs, too: a pass back.")] = False,
+    head: Annotated[bool, typer.Option("--head", help="That of the head's input too; it can be added later.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -71,7 +72,9 @@ def calibrate(
     settings = settings_from(CalibrationSettings, options.given(data=data, samples=samples, context=context, seed=seed))
     source = ModelSource.open(model, revision, trust_remote_code)
     with Display() as display:
-        directory = calibrate.run(source, settings, out or pipeline.hessians_directory(source), force, display, two_sided)
+        directory = calibrate.run(
+            source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided
+        )  # fmt: skip
     print(directory)
 
 
@@ -89,6 +92,10 @@ def quantize(
     seed: options.Seed = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave as they are, such as '*.v_proj'; repeat.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS or PATTERN=BITS:CODE; repeat.")] = None,
+    head_bits: Annotated[float | None, typer.Option(help="Pack the head too, at this rate [left as it is].")] = None,
+    embedding_bits: Annotated[
+        float | None, typer.Option(help="Pack the token embedding, and the head tied to it [left as it is].")
+    ] = None,
     state_bits: Annotated[int | None, typer.Option(help="L of the trellis, 8 to 16; fewer is faster and worse [16].")] = None,
     transform: Annotated[str | None, typer.Option(help="Incoherence transform: full or block-128 \\[full].")] = None,
     damping: Annotated[float | None, typer.Option(help="Share of the Hessian's mean diagonal added to it [0.001].")] = None,
@@ -121,6 +128,7 @@ def quantize(
     settings = options.quantize_settings(
         chosen, layer or [], bits=bits, code=code, state_bits=state_bits, transform=transform, damping=damping, refit=refit,
         scale=scale, search=search, fast=fast, quantized_prefix=quantized_prefix, two_sided=two_sided, seed=seed, skip=skip,
+        head_bits=head_bits, embedding_bits=embedding_bits,
         tune_blocks=(chosen.quantize.tune_blocks or BlockTuning()).model_dump() if tune_blocks else None,
     )  # fmt: skip
     calibration = chosen.calibrate.model_dump(exclude_defaults=True) | options.given(

@@ -24,7 +24,7 @@ ARRANGEMENT = {"tile_order": "mma-m16n8k16-a", "window": "start", "bit_order": "
 
 SPEC_FIELDS = ("code", "bits_per_step", "weights_per_step", "state_bits")
 TRANSFORM_FIELDS = ("transform_in", "transform_out")
-LAYER_FIELDS = ("shape", "bias", *SPEC_FIELDS, *TRANSFORM_FIELDS)
+LAYER_FIELDS = ("shape", "bias", "embedding", *SPEC_FIELDS, *TRANSFORM_FIELDS)
 REQUIRED = ("format_version", *ARRANGEMENT, *SPEC_FIELDS, *TRANSFORM_FIELDS, "bits_per_weight", "layers", "not_converted")
 OPTIONAL = ("provenance",)
 
@@ -81,10 +81,10 @@ class QtipConfig(QuantizationConfigMixin):
         not_converted: Mapping[str, str],
         provenance: Mapping[str, Any] | None = None,
     ) -> QtipConfig:
-        """The config of a model whose linears `layouts` are packed.
+        """The config of a model whose linears and embeddings `layouts` are packed.
 
         layouts: module name -> layout; settings that most layers share become the defaults at the top.
-        not_converted: name of each linear left as it was -> why, in a few words.
+        not_converted: name of each linear that has no tensors of its own here, or is left as it was -> why, in a few words.
         provenance: a record of how the model was made, in JSON types; readers ignore it.
         """
         stated = {name: _layer_fields(layout) for name, layout in layouts.items()}
@@ -129,9 +129,12 @@ class QtipConfig(QuantizationConfigMixin):
         _refuse_unknown(entry, LAYER_FIELDS, where)
         settings = {key: entry.get(key, getattr(self, key)) for key in (*SPEC_FIELDS, *TRANSFORM_FIELDS)}
         out_features, in_features = _shape(where, entry.get("shape"))
-        bias = entry.get("bias", False)
-        if type(bias) is not bool:
-            raise QtipError(f"{where} has bias {bias!r}", "it must be true or false")
+        marks = {mark: entry.get(mark, False) for mark in ("bias", "embedding")}
+        for mark, value in marks.items():
+            if type(value) is not bool:
+                raise QtipError(f"{where} has {mark} {value!r}", "it must be true or false")
+        if all(marks.values()):
+            raise QtipError(f"{where} is an embedding with a bias", "only linears have one")
         for key in SPEC_FIELDS[1:]:
             if type(settings[key]) is not int:
                 raise QtipError(
@@ -143,7 +146,7 @@ class QtipConfig(QuantizationConfigMixin):
             transforms = {side: Transform.parse(settings[side]) for side in TRANSFORM_FIELDS}
         except (SpecError, QtipError) as error:
             raise QtipError(f"{where}: {error}", "update qtipcli, or take the original config.json") from error
-        return PackedLayout(in_features, out_features, spec, **transforms, bias=bias)
+        return PackedLayout(in_features, out_features, spec, **transforms, **marks)
 
     def _check_mapping(self, field: str, meaning: str) -> None:
         value = getattr(self, field)
@@ -159,6 +162,7 @@ def average_bits(layouts: Mapping[str, PackedLayout]) -> float:
 
 def _layer_fields(layout: PackedLayout) -> dict[str, Any]:
     fields: dict[str, Any] = {"shape": [layout.out_features, layout.in_features], "bias": layout.bias}
+    fields["embedding"] = layout.embedding
     fields |= {key: getattr(layout.spec, key) for key in SPEC_FIELDS}
     return fields | {side: str(getattr(layout, side)) for side in TRANSFORM_FIELDS}
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class QtipHfQuantizer(HfQuantizer):
-    """Swaps packed linears in before the weights are loaded; after, freezes them and fuses those that share their input."""
+    """Swaps packed modules in before the weights are loaded; after, freezes them and fuses those that share their input."""
 
     requires_calibration = True
     quantization_config: QtipConfig
@@ -37,14 +37,15 @@ class QtipHfQuantizer(HfQuantizer):
         if any(here != there for here, there in names.items()) or len(names) != len(self.quantization_config.layers):
             self.quantization_config = self.quantization_config.renamed(names)
         layouts = self.quantization_config.layouts()
-        _refuse_tied(model, list(layouts))
-        swap.swap(model, layouts)
+        heads = _tied_heads(model, [name for name, layout in layouts.items() if layout.embedding])
+        _refuse_tied(model, [name for name, layout in layouts.items() if not layout.embedding])
+        swap.swap(model, layouts, heads)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_tensor_parallel(model)
         # The loader makes every floating tensor it sets ask for a gradient.
-        for layer in swap.packed_layers(model).values():
-            layer.requires_grad_(False)
+        for module in swap.packed_modules(model).values():
+            module.requires_grad_(False)
         fused.fuse(model)
         return model
 
@@ -87,6 +88,13 @@ def _refuse_tensor_parallel(model: PreTrainedModel) -> None:
             "packed layers cannot be cut by transformers' tensor parallelism",
             "load with device_map='auto' instead of a tp_plan",
         )
+
+
+def _tied_heads(model: PreTrainedModel, embeddings: list[str]) -> dict[str, str]:
+    """Name of each linear whose weight the model ties to a packed embedding -> that embedding's name."""
+    ties = getattr(model, "all_tied_weights_keys", {})
+    weights = {f"{name}.weight": name for name in embeddings}
+    return {head.removesuffix(".weight"): weights[original] for head, original in ties.items() if original in weights}
 
 
 def _refuse_tied(model: PreTrainedModel, names: list[str]) -> None:

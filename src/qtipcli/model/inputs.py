@@ -139,7 +139,8 @@ class AfterBlocks:
     """The model behind its last block: final norm and head, whatever the architecture puts there.
 
     The model itself is run, with blocks that pass on what they are given but for the last, which returns the hidden states that
-    are asked about. Everything outside the blocks must be in memory, the head too (`Skeleton.materialize_outer(head=True)`).
+    are asked about. Everything outside the blocks must be in memory; for `logits` the head too
+    (`Skeleton.materialize_outer(head=True)`).
     """
 
     def __init__(self, skeleton: Skeleton, row: Tensor) -> None:
@@ -152,12 +153,35 @@ class AfterBlocks:
 
         They have a gradient where `hidden` asks for one.
         """
+        return self._run(rows, hidden).logits
+
+    @torch.no_grad()
+    def call_head(self, rows: Tensor, hidden: Tensor, head: nn.Module) -> None:
+        """As `logits`, but ends with the call of `head`: its pre-hooks see its input, its weights are not read.
+
+        Raises:
+            QtipError: the model never calls it.
+        """
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise _Reached
+
+        try:
+            head.forward = stop
+            self._run(rows, hidden)
+        except _Reached:
+            return
+        finally:
+            del head.forward
+        raise _refusal(self._skeleton, "never calls its head")
+
+    def _run(self, rows: Tensor, hidden: Tensor) -> Any:
         blocks = [block for _, block in self._skeleton.blocks]
         try:
             for block in blocks:
                 block.forward = self._pass_on
             blocks[-1].forward = lambda *args, **kwargs: self._returns.wrap(hidden.to(self._skeleton.device, copy=True))
-            return self._skeleton.model(input_ids=rows.to(self._skeleton.device), use_cache=False).logits
+            return self._skeleton.model(input_ids=rows.to(self._skeleton.device), use_cache=False)
         finally:
             for block in blocks:
                 del block.forward

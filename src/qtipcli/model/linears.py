@@ -104,19 +104,20 @@ class HessianRecorder:
     Args:
         block: a materialized block.
         groups: from `input_groups`.
+        device: where sums are kept; None is where the linears' weights are.
 
     Attributes:
         sums: first name of each group -> sum of x x^T, float32 [I, I]. Sums of several processes may be added.
         tokens: first name of each group -> number of x summed.
     """
 
-    def __init__(self, block: nn.Module, groups: Sequence[InputGroup]) -> None:
+    def __init__(self, block: nn.Module, groups: Sequence[InputGroup], device: torch.device | None = None) -> None:
         linears = find_linears(block)
         self._watched = {group.names[0]: linears[group.names[0]] for group in groups}
         self.sums: dict[str, Tensor] = {}
         for group in groups:
-            device = linears[group.names[0]].weight.device
-            self.sums[group.names[0]] = torch.zeros(group.in_features, group.in_features, device=device)
+            where = device or linears[group.names[0]].weight.device
+            self.sums[group.names[0]] = torch.zeros(group.in_features, group.in_features, device=where)
         self.tokens = dict.fromkeys(self.sums, 0)
         self._hooks: Any = None
 

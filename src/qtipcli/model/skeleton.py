@@ -32,6 +32,7 @@ class Skeleton:
         blocks: (name, module) of every decoder block, in order; names as in `model.named_modules()`.
         outer_names: parameters outside the blocks, without the second name of tied ones.
         tied: second name of a tied parameter -> its first name, as lm_head.weight -> model.embed_tokens.weight.
+        untied: names that the config ties, but whose tensors in the checkpoint differ; they are not in `tied`.
         notes: what a report must tell the user about how this model was read.
 
     Raises:
@@ -52,6 +53,7 @@ class Skeleton:
         keys = map_keys(self.model, source, self.tied)
         self._stored_name = keys.stored_name
         self._whole: dict[str, Tensor] | None = None
+        self.untied: list[str] = []
         if keys.obstacle:
             self._whole = _load_whole(source)
             self.notes.append(f"the whole model was loaded into memory, not streamed: {keys.obstacle}")
@@ -124,6 +126,7 @@ class Skeleton:
             if not torch.equal(self.read(name), self.read(original)):
                 del self.tied[name]
                 self.outer_names.append(name)
+                self.untied += (name, original)
                 self.notes.append(f"{name} and {original} are tied in the config but differ in the checkpoint: both are kept")
 
     def _make_real(self, owner: nn.Module, leaf: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Owns PackedLayout: everything that decides which tensors one quantized linear consists of."""
+"""Owns PackedLayout: everything that decides which tensors one quantized linear or embedding consists of."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ ANY_FLOAT = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """One linear's sizes and codes, validated once.
+    """One matrix's sizes and codes, validated once.
 
     in_features, out_features: of the linear as the model sees it, any positive integers.
     spec: trellis and code.
     transform_in, transform_out: the incoherence transform of each side.
     bias: whether it has one.
+    embedding: whether it is a token embedding: a row of out_features for each token, in_features values each.
     """
 
     in_features: int
@@ -41,10 +42,13 @@ class PackedLayout:
     transform_in: Transform = field(default_factory=Transform)
     transform_out: Transform = field(default_factory=Transform)
     bias: bool = False
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         if self.in_features < 1 or self.out_features < 1:
             raise QtipError(f"a linear of {self.out_features} x {self.in_features}", "both sizes must be positive")
+        if self.embedding and self.bias:
+            raise QtipError("an embedding with a bias", "only linears have one")
 
     @property
     def padded_in(self) -> int:

@@ -28,10 +28,16 @@ def rotate_inputs(matrix_XI: torch.Tensor, signs_I: torch.Tensor, transform: Tra
     return hadamard(signed, transform.block_of(columns))
 
 
-def rotate_weight(weight_OI: torch.Tensor, signs_O: torch.Tensor, signs_I: torch.Tensor, transform: Transform) -> torch.Tensor:
-    """W~ = H_out S_out W S_in H_in^T, [P, J]."""
+def rotate_weight(
+    weight_OI: torch.Tensor,
+    signs_O: torch.Tensor,
+    signs_I: torch.Tensor,
+    transform: Transform,
+    transform_out: Transform | None = None,
+) -> torch.Tensor:
+    """W~ = H_out S_out W S_in H_in^T, [P, J]. transform_out: of the output side, None where it is the input side's."""
     inputs_turned = rotate_inputs(weight_OI, signs_I, transform)
-    return rotate_inputs(inputs_turned.T, signs_O, transform).T.contiguous()
+    return rotate_inputs(inputs_turned.T, signs_O, transform_out or transform).T.contiguous()
 
 
 def rotate_hessian(hessian_II: torch.Tensor, signs_I: torch.Tensor, transform: Transform) -> torch.Tensor:
@@ -40,10 +46,15 @@ def rotate_hessian(hessian_II: torch.Tensor, signs_I: torch.Tensor, transform: T
 
 
 def rotate_weight_back(
-    rotated_PJ: torch.Tensor, signs_O: torch.Tensor, signs_I: torch.Tensor, transform: Transform
+    rotated_PJ: torch.Tensor,
+    signs_O: torch.Tensor,
+    signs_I: torch.Tensor,
+    transform: Transform,
+    transform_out: Transform | None = None,
 ) -> torch.Tensor:
     """The inverse of `rotate_weight` with padding cut off: S_out H_out^T W~ H_in S_in, [O, I]."""
     rows, columns = rotated_PJ.shape
     inputs_back = hadamard(rotated_PJ, transform.block_of(columns), transpose=True)[:, : len(signs_I)] * signs_I
-    outputs_back = hadamard(inputs_back.T.contiguous(), transform.block_of(rows), transpose=True)[:, : len(signs_O)] * signs_O
+    block_out = (transform_out or transform).block_of(rows)
+    outputs_back = hadamard(inputs_back.T.contiguous(), block_out, transpose=True)[:, : len(signs_O)] * signs_O
     return outputs_back.T.contiguous()

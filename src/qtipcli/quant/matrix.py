@@ -28,6 +28,7 @@ SAFE_STEP_EXPONENTS = (-9, 4)
 class RoundingSettings:
     """How matrices are rounded.
 
+    transform: of both sides; transform_out: of the output side where that has another.
     scale: rms of the weights over rms of the code; None takes the table's value for the code and rate, and search refines it.
     damping: share of the Hessian's mean diagonal added to it. refit: closed-form scales after rounding.
     fast: the encoder's shorter first pass. seed: of the random signs.
@@ -40,6 +41,7 @@ class RoundingSettings:
     search: bool = True
     fast: bool = False
     seed: int = 0
+    transform_out: Transform | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def _round(
     side: DampedHessian | None,
 ) -> _RoundedLayer:
     signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out").to(weight_OI.device)
-    turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform)
+    turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform, settings.transform_out)
     weight_rms = rms(turned_PJ)
     scale = settings.scale if settings.scale is not None else source_scale(spec)
     if settings.search and settings.scale is None and weight_rms > 0:
@@ -151,10 +153,12 @@ def _round(
     if side is None:
         states, rounded_PJ = round_ldlq(target_PJ, basis.lower_JJ, round_tiles)
     else:
-        turned_side = damp(rotate_hessian(side.hessian_II, signs_O, settings.transform), 0.0)
+        transform_out = settings.transform_out or settings.transform
+        turned_side = damp(rotate_hessian(side.hessian_II, signs_O, transform_out), 0.0)
         states, rounded_PJ = round_two_sided(target_PJ, basis.lower_JJ, block_ldl(turned_side.cholesky_II), round_tiles)
     words = pack(states.reshape(-1, spec.steps), spec)
-    decoded_OI = rotate_weight_back(rounded_PJ * step_size, signs_O, basis.signs_I, settings.transform)
+    turn = (settings.transform, settings.transform_out)
+    decoded_OI = rotate_weight_back(rounded_PJ * step_size, signs_O, basis.signs_I, *turn)
     return _RoundedLayer(weight_OI, decoded_OI, words.reshape(len(states), -1), signs_O, step_size, scale)
 
 

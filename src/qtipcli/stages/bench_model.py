@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from qtipcli.errors import QtipError, SettingsError
 from qtipcli.nn.linear import TrellisLinear
-from qtipcli.nn.swap import dequantize, packed_layers
+from qtipcli.nn.swap import dequantize, packed_layers, packed_modules
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import random_model
 from qtipcli.stages.bench import chosen_device, device_name
@@ -191,7 +191,7 @@ class _Bench:
             self.original = load_model(against, self.packed.dtype).to(self.device)
             return against
         size = self.packed.dtype.itemsize
-        dense = sum(layer.layout.weights * size for layer in packed_layers(self.packed).values()) + weight_bytes(self.packed)
+        dense = sum(layer.layout.weights * size for layer in packed_modules(self.packed).values()) + weight_bytes(self.packed)
         free = _free_bytes(self.device)
         if dense * HEADROOM > free:
             self.notes.append(f"the plain model needs {dense * HEADROOM / 1e9:.1f} GB, {free / 1e9:.1f} are free: not measured")

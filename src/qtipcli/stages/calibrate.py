@@ -3,10 +3,12 @@
 The run directory holds the shard `tokens` and one shard for each block, `block-00000` and on, with a float32 [I, I] Hessian for
 each group of linears that share an input, under the group's first name. Blocks are streamed: one is in memory at a time.
 Asked for both sides, it also holds `outputs-00000` and on, with a float32 [O, O] Hessian for each linear.
+Where the head is to be packed, the shard `head` holds the Hessian of its input; it can be added to a finished directory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
-from qtipcli.model.inputs import BlockInput, capture_first_inputs, run_block
-from qtipcli.model.linears import HessianRecorder, input_groups
+from qtipcli.model.inputs import AfterBlocks, BlockInput, capture_first_inputs, run_block
+from qtipcli.model.linears import HessianRecorder, InputGroup, input_groups
+from qtipcli.model.outer import find_head
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import backward, streams
@@ -30,6 +33,7 @@ from qtipcli.stages.progress import Silent, Watcher
 
 STAGE = "calibrate"
 TOKENS = "tokens"
+HEAD = "head"
 
 LONGEST_DEFAULT_CONTEXT = 2048
 """Where neither the user nor the model asks for less: QTIP calibrates on longer windows, at a cost that grows with them."""
@@ -75,11 +79,12 @@ def run(
     directory: Path,
     force: bool = False,
     watcher: Watcher | None = None,
+    head: bool = False,
     two_sided: bool = False,
 ) -> Path:
     """Fill `directory` with the model's proxy Hessians, going on where an earlier run stopped; returns it.
 
-    two_sided: with those of the layers' outputs, which a directory without them is given; nothing else in it changes.
+    head: also that of the head's input. two_sided: also those of the layers' outputs.
     Raises MismatchError where it holds another job, StoppedError after Ctrl-C, and what reading model and data raises.
     """
     watcher = watcher or Silent()
@@ -97,19 +102,28 @@ def run(
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         if not job.done(TOKENS):
             job.commit(TOKENS, {TOKENS: windows.tokens}, {"rows": windows.rows, "context": windows.context})
-        skeleton = Skeleton(source, device=default_device())
-        for note in skeleton.notes:
-            watcher.note(note)
-        _record_blocks(skeleton, windows.tokens, job, watcher)
-        if two_sided:
-            backward.run(skeleton, windows.tokens, settings.seed, job, watcher, streams.DEFAULT_MEMORY_GIB)
+        _record(source, windows.tokens, job, watcher, head, two_sided)
     return directory
 
 
-def is_complete(job: RunDirectory, skeleton: Skeleton, two_sided: bool) -> bool:
-    """Whether every decoder block's Hessians are there, with `two_sided` those of outputs too."""
-    inputs = all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
-    return inputs and not (two_sided and backward.missing_blocks(job, len(skeleton.blocks)))
+def add(
+    source: ModelSource, directory: Path, watcher: Watcher | None = None, head: bool = False, two_sided: bool = False
+) -> None:
+    """Add the Hessian of the head's input, or those of layers' outputs, to finished ones.
+
+    They are made of the tokens that are stored there: the text is not needed. Raises QtipError where the model is another one or its head cannot be packed, StoppedError after
+    Ctrl-C.
+    """
+    found = RunDirectory.load(directory, STAGE)
+    if found.fingerprint["model"] != fingerprint_model(source.directory):
+        raise QtipError(f"{directory} was calibrated on another model than {source.name}", "give the Hessians of this model")
+    with interruptible(), RunDirectory.open(directory, STAGE, found.settings, found.fingerprint) as job:
+        _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided)
+
+
+def is_complete(job: RunDirectory, skeleton: Skeleton) -> bool:
+    """Whether every decoder block's Hessians are there."""
+    return all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
 
 
 def has_output_side(job: RunDirectory) -> bool:
@@ -124,14 +138,41 @@ def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
         batch.hidden = run_block(skeleton, index, batch)
 
 
-def _record_blocks(skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher) -> None:
-    missing = [index for index in range(len(skeleton.blocks)) if not job.done(block_key(index))]
-    watcher.begin("calibrate", len(skeleton.blocks), len(skeleton.blocks) - len(missing))
-    if not missing:
+def _record(
+    source: ModelSource, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool, two_sided: bool
+) -> None:
+    skeleton = Skeleton(source, device=default_device())
+    for note in skeleton.notes:
+        watcher.note(note)
+    _record_inputs(skeleton, tokens, job, watcher, head)
+    if two_sided:
+        backward.run(skeleton, tokens, job.settings["seed"], job, watcher, streams.DEFAULT_MEMORY_GIB)
+
+
+def _record_inputs(skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool) -> None:
+    if head:
+        find_head(skeleton)
+    count = len(skeleton.blocks)
+    missing = [index for index in range(count) if not job.done(block_key(index))]
+    head_missing = head and not job.done(HEAD)
+    watcher.begin("calibrate", count + head, count + head - len(missing) - head_missing)
+    if not missing and not head_missing:
         return
-    batches = capture_first_inputs(skeleton, tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
+    batch_rows = max(1, BATCH_TOKENS // tokens.shape[1])
+    batches = capture_first_inputs(skeleton, tokens, batch_rows)
+    _record_blocks(skeleton, batches, missing, count if head_missing else missing[-1] + 1, job, watcher)
+    if head_missing:
+        checkpoint()
+        _record_head(skeleton, tokens.split(batch_rows), batches, job)
+        watcher.advance(HEAD)
+
+
+def _record_blocks(
+    skeleton: Skeleton, batches: list[BlockInput], missing: list[int], end: int, job: RunDirectory, watcher: Watcher
+) -> None:
+    """Take the batches through the first `end` blocks, in place, and commit those that are `missing`."""
     # A resumed run takes the tokens through the finished blocks again: their outputs are not kept on disk.
-    for index in range(missing[-1] + 1):
+    for index in range(end):
         checkpoint()
         block = skeleton.materialize(index)
         if index not in missing:
@@ -152,3 +193,19 @@ def _record_blocks(skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, 
         job.commit(block_key(index), {f"{prefix}.{name}": mean for name, (mean, _) in hessians.items()}, report)
         skeleton.release(index)
         watcher.advance(prefix)
+
+
+def _record_head(skeleton: Skeleton, rows: Sequence[torch.Tensor], batches: Sequence[BlockInput], job: RunDirectory) -> None:
+    """Commit the Hessian of what the head is called with, of batches behind the last block. The head itself is not read."""
+    name, head = find_head(skeleton)
+    try:
+        skeleton.materialize_outer()
+        after = AfterBlocks(skeleton, rows[0][:1])
+        group = InputGroup((name,), head.in_features)
+        with HessianRecorder(skeleton.model, [group], skeleton.device) as recorder:
+            for tokens, batch in zip(rows, batches, strict=True):
+                after.call_head(tokens, batch.hidden, head)
+    finally:
+        skeleton.release_outer()
+    mean, count = recorder.hessians()[name]
+    job.commit(HEAD, {name: mean}, {"groups": [{"names": [name], "tokens": count}]})

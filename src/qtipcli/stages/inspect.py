@@ -49,7 +49,7 @@ def run(directory: Path) -> dict[str, Any]:
             "code": layout.spec.code,
             "bits": layout.spec.bits,
             "state_bits": layout.spec.state_bits,
-            "transform": str(layout.transform_in),
+            "transform": " / ".join(dict.fromkeys((str(layout.transform_in), str(layout.transform_out)))),
             "bits_per_weight": layout.stored_bits / layout.weights,
             "relative_proxy_loss": losses.get(name),
         }

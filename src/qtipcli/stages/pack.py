@@ -24,7 +24,7 @@ from qtipcli.job.interrupt import checkpoint, interruptible
 from qtipcli.job.shards import write_shard
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import quantize
+from qtipcli.stages import outer, quantize
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.progress import Silent, Watcher
 
@@ -139,17 +139,18 @@ class _Packer:
         self.skeleton = Skeleton(source)
         self.layers: dict[str, dict[str, Any]] = {}
         self.left: dict[str, str] = {}
-        self.block_of: dict[str, int] = {}
-        self.tuned: dict[str, int] = {}
-        for index, (prefix, _) in enumerate(self.skeleton.blocks):
-            if not job.done(block_key(index)):
-                raise QtipError(f"{job.path} is not finished: block {prefix} is missing", "give the quantize command again")
-            job.verify(block_key(index))
-            report = job.report(block_key(index))
+        self.shard_of: dict[str, str] = {}
+        self.tuned: dict[str, str] = {}
+        shards = {block_key(index): f"block {prefix}" for index, (prefix, _) in enumerate(self.skeleton.blocks)}
+        for key, what in (shards | {key: f"the {key}" for key in outer.shard_keys(job.settings)}).items():
+            if not job.done(key):
+                raise QtipError(f"{job.path} is not finished: {what} is missing", "give the quantize command again")
+            job.verify(key)
+            report = job.report(key)
             self.layers |= report["layers"]
             self.left |= report["left"]
-            self.block_of |= dict.fromkeys(report["layers"], index)
-            self.tuned |= dict.fromkeys(report.get("tuned", ()), index)
+            self.shard_of |= dict.fromkeys(report["layers"], key)
+            self.tuned |= dict.fromkeys(report.get("tuned", ()), key)
 
     def run(self, max_shard_size: str) -> None:
         plan = self._plan()
@@ -183,7 +184,7 @@ class _Packer:
         return plan
 
     def _packed(self, layer: str) -> dict[str, torch.Tensor]:
-        with self.job.open_shard(block_key(self.block_of[layer])) as shard:
+        with self.job.open_shard(self.shard_of[layer]) as shard:
             names = [name for name in shard.keys() if name.rpartition(".")[0] == layer]  # noqa: SIM118, no mapping
             parts = {name.rpartition(".")[2]: shard.get_tensor(name) for name in names}
         return parts | {"weight": torch.empty(0, dtype=EMPTY_WEIGHT_DTYPE)}
@@ -191,7 +192,7 @@ class _Packer:
     def _tensor(self, name: str) -> torch.Tensor:
         layer, _, leaf = name.rpartition(".")
         if name in self.tuned:
-            with self.job.open_shard(block_key(self.tuned[name])) as shard:
+            with self.job.open_shard(self.tuned[name]) as shard:
                 return shard.get_tensor(name)
         if layer in self.layers and leaf != "bias":
             return self._packed(layer)[leaf]
@@ -210,8 +211,18 @@ class _Packer:
         layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
         provenance = {"base_model": self.source.name, "settings": self.job.settings}
         config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
+        if any(f"{name}.weight" in self.skeleton.untied for name in self.layers):
+            _untie(config)
         config["quantization_config"] = QtipConfig.from_layouts(layouts, not_converted, provenance).to_dict()
         write_text_atomic(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.skeleton.model.parameters())
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """The config of a model whose head and embedding the config calls tied, but the checkpoint does not: they stay two."""
+    config["tie_word_embeddings"] = False
+    for part in config.values():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False

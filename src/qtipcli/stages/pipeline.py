@@ -12,7 +12,7 @@ from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import calibrate, pack, quantize
+from qtipcli.stages import calibrate, outer, pack, quantize
 from qtipcli.stages.progress import Watcher
 
 
@@ -50,7 +50,9 @@ def quantize_model(
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
-    _calibrate(source, calibration, hessians, force, watcher, settings.two_sided)
+    wants_outer = outer.shard_keys(settings.model_dump())
+    head = bool(wants_outer) and outer.needs_head_hessian(outer.plan(Skeleton(source), settings))
+    _calibrate(source, calibration, hessians, force, watcher, head, settings.two_sided)
     quantize.run(source, settings, hessians, job, force, watcher)
     return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
 
@@ -60,19 +62,31 @@ def _is_packed(job: Path, out: Path) -> bool:
 
 
 def _calibrate(
-    source: ModelSource, asked: Mapping[str, Any], directory: Path, force: bool, watcher: Watcher, two_sided: bool
+    source: ModelSource,
+    asked: Mapping[str, Any],
+    directory: Path,
+    force: bool,
+    watcher: Watcher,
+    head: bool,
+    two_sided: bool,
 ) -> None:
     found = _found_hessians(directory, force)
     settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
     if found is not None:
         is_same = settings.model_dump() == found.settings and found.fingerprint["model"] == fingerprint_model(source.directory)
         is_whole = not force or not found.damaged()
-        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source), two_sided):
+        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source)):
             # Finished Hessians do not need their text any more: it may have been moved.
             watcher.note(f"the Hessians in {directory} are used")
+            lacks_head = head and not found.done(calibrate.HEAD)
+            lacks_outputs = two_sided and not calibrate.has_output_side(found)
+            if lacks_head or lacks_outputs:
+                added = ["that of the head's input"] * lacks_head + ["those of layers' outputs"] * lacks_outputs
+                watcher.note(f"{' and '.join(added)} are added to {directory}")
+                calibrate.add(source, directory, watcher, head, two_sided)
             return
     try:
-        calibrate.run(source, settings, directory, force, watcher, two_sided)
+        calibrate.run(source, settings, directory, force, watcher, head, two_sided)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"

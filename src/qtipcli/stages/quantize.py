@@ -3,7 +3,7 @@
 A shard holds, for each layer, `<name>.trellis`, `<name>.scale_in`, `<name>.scale_out` (docs/format.md). With a quantized
 prefix the stage makes its own Hessians, layer after layer, and corrects each layer for what rounding did to its input;
 otherwise it reads those of the calibrate stage. With block tuning each block is tuned before the next is rounded, and its shard
-also holds the norms and biases that were trained.
+also holds the norms and biases that were trained. What lies outside the blocks (qtipcli.stages.outer) has a shard for itself.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from qtipcli.nn.linear import TrellisLinear
 from qtipcli.quant.correction import corrected
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
 from qtipcli.quant.output_side import OutputHessian
+from qtipcli.quant.rows import row_sizes, with_row_sizes
 from qtipcli.quant.transform import Transform
-from qtipcli.stages import backward, calibrate, streams
+from qtipcli.stages import backward, calibrate, outer, streams
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.load import default_device
 from qtipcli.stages.prefix import Moments, Prefix
@@ -77,9 +78,13 @@ def run(
     frozen = settings.model_dump()
     if settings.tune_blocks is None:
         del frozen["tune_blocks"]  # jobs that were started before there was tuning go on
+    for name in ("head_bits", "embedding_bits"):
+        if frozen[name] is None:
+            del frozen[name]  # as above
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         stage = _Quantizer(source, settings, calibration, job, watcher)
         stage.run()
+        stage.run_outer()
     return directory
 
 
@@ -96,6 +101,11 @@ class _Quantizer:
             watcher.note(note)
         _refuse_unsupported(source, self.skeleton)
         self._refuse_unused_patterns()
+        self.outer = outer.plan(self.skeleton, settings)
+        if outer.needs_head_hessian(self.outer) and not calibration.done(calibrate.HEAD):
+            raise QtipError(
+                f"{calibration.path} has no Hessian of the head's input", "add it: qtip calibrate --head, else as before"
+            )
 
     def run(self) -> None:
         blocks = range(len(self.skeleton.blocks))
@@ -125,6 +135,26 @@ class _Quantizer:
         names = ("original", "quantized")
         both, calls = streams.start(self.skeleton, batches, names, self.job.path, streams.DEFAULT_MEMORY_GIB, self.watcher)
         return Prefix(self.skeleton, *both, calls, tokens[:1])
+
+    def run_outer(self) -> None:
+        """Round what lies outside the blocks, one matrix in memory at a time."""
+        missing = [matrix for matrix in self.outer.values() if not self.job.done(matrix.key)]
+        if self.outer:
+            self.watcher.begin("quantize outside the blocks", len(self.outer), len(self.outer) - len(missing))
+        for matrix in missing:
+            checkpoint()
+            name, started = matrix.name, time.monotonic()
+            weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device, torch.float32)
+            check_finite(f"{name}.weight", weight)
+            size_O = row_sizes(weight)
+            hessian_II = matrix.hessian(self.calibration).to(weight.device)
+            even = self._round({name: weight / size_O[:, None]}, hessian_II)[name]
+            packed = with_row_sizes(even, size_O)
+            report = self._report(name, packed, matrix.stand_in(), corrected=False) | matrix.report()
+            tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
+            self._announce(name, report, time.monotonic() - started)
+            self.job.commit(matrix.key, tensors, {"layers": {name: report}, "left": matrix.left()})
+            self.watcher.advance(name)
 
     def _run_tuned(self, missing: list[int], settings: BlockTuning) -> None:
         """Round a block, tune it, and round the next one behind it."""
@@ -176,11 +206,16 @@ class _Quantizer:
                 left |= dict.fromkeys(chosen, "never called in calibration")
                 continue
             started = time.monotonic()
-            packed = self._round(index, {name: linears[name].weight for name in chosen}, moments)
+            weights = {name: linears[name].weight for name in chosen}
+            for name, weight in weights.items():
+                check_finite(f"{name}.weight", weight)
+                if name in moments.missing:
+                    weights[name] = corrected(weight, moments.hessian_II, moments.missing[name])
+            packed = self._round(weights, moments.hessian_II, self._outputs(index, chosen))
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
-                layers[name] = self._report(name, matrix, linears[name], moments)
+                layers[name] = self._report(name, matrix, linears[name], name in moments.missing)
                 self._announce(name, layers[name], seconds)
                 if prefix is not None:
                     layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
@@ -198,11 +233,12 @@ class _Quantizer:
         with self.calibration.open_shard(key) as shard:
             return Moments(shard.get_tensor(names[0]).to(self.skeleton.device), tokens, {})
 
-    def _round(self, index: int, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, PackedMatrix]:
-        for name, weight in weights.items():
-            check_finite(f"{name}.weight", weight)
-        missing = {name: moments.missing[name] for name in weights if name in moments.missing}
-        weights = {**weights, **{name: corrected(weights[name], moments.hessian_II, m) for name, m in missing.items()}}
+    def _round(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        hessian_II: torch.Tensor,
+        outputs: Mapping[str, OutputHessian] | None = None,
+    ) -> dict[str, PackedMatrix]:
         settings = RoundingSettings(
             Transform.parse(self.settings.transform),
             self.settings.damping,
@@ -211,10 +247,11 @@ class _Quantizer:
             search=self.settings.search and self.settings.scale is None,
             fast=self.settings.fast,
             seed=self.settings.seed,
+            transform_out=next((self.outer[name].transform_out for name in weights if name in self.outer), None),
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, moments.hessian_II, specs, settings, luts, self._outputs(index, list(weights)))
+        return round_group(weights, hessian_II, specs, settings, luts, outputs)
 
     def _outputs(self, index: int, names: list[str]) -> dict[str, OutputHessian] | None:
         """Hessians of the outputs of a group's layers; None where they are not asked for, or one had no gradients."""
@@ -235,6 +272,8 @@ class _Quantizer:
             }
 
     def _spec(self, name: str) -> TrellisSpec:
+        if name in self.outer:
+            return self.outer[name].spec
         override = next((value for pattern, value in self.settings.layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
         return self.settings.spec(override)
 
@@ -248,7 +287,7 @@ class _Quantizer:
         lut = self._lut(self._spec(name))
         return stored if lut is None else stored | {"lut": lut}
 
-    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear, moments: Moments) -> dict[str, Any]:
+    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear, corrected: bool) -> dict[str, Any]:
         """What the ledger keeps of a layer; nothing in it depends on the clock."""
         spec = self._spec(name)
         return {
@@ -264,7 +303,7 @@ class _Quantizer:
             "scale": matrix.scale,
             "damping": matrix.damping,
             "dead_inputs": matrix.dead_inputs,
-            "corrected": name in moments.missing,
+            "corrected": corrected,
             "divergence": matrix.divergence,
         }
 
@@ -305,9 +344,9 @@ def _packed_layers(reports: Mapping[str, Mapping[str, Any]], tensors: Mapping[st
 def layout_of(report: Mapping[str, Any]) -> PackedLayout:
     """The layout of a layer from what the ledger keeps of it."""
     spec = TrellisSpec(report["code"], report["bits_per_step"], report["state_bits"], report["weights_per_step"])
-    transform = Transform.parse(report["transform"])
+    sides = (Transform.parse(report["transform"]), Transform.parse(report.get("transform_out", report["transform"])))
     rows, columns = report["shape"]
-    return PackedLayout(columns, rows, spec, transform, transform, report["bias"])
+    return PackedLayout(columns, rows, spec, *sides, report["bias"], report.get("embedding", False))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

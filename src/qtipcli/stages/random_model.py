@@ -14,8 +14,7 @@ from qtipcli.hub.config import average_bits
 from qtipcli.model.skeleton import find_blocks
 from qtipcli.nn.fused import fuse
 from qtipcli.nn.layout import PackedLayout
-from qtipcli.nn.linear import TrellisLinear
-from qtipcli.nn.swap import swap
+from qtipcli.nn.swap import packed_modules, swap
 from qtipcli.quant.incoherence import random_signs
 from qtipcli.quant.transform import Transform
 from qtipcli_kernels.codes import default_lut
@@ -68,7 +67,7 @@ def layouts_of(model: nn.Module, spec: TrellisSpec, transform: Transform) -> dic
 
 def stored_bits(model: nn.Module) -> float:
     """Stored bits per weight of the packed layers; 0 where there is none."""
-    return average_bits({name: layer.layout for name, layer in model.named_modules() if isinstance(layer, TrellisLinear)})
+    return average_bits({name: module.layout for name, module in packed_modules(model).items()})
 
 
 @torch.no_grad()
