@@ -42,7 +42,9 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: int, fixed: int = 0) ->
     smallest = fixed + sum(layers[layer][order[0]].bytes for layer, order in enumerate(kept))
     if smallest > budget:
         raise SettingsError(f"a budget of {budget:,} bytes is too small", f"the smallest possible is {smallest:,} bytes")
-    extras = [[layers[layer][index].bytes - layers[layer][order[0]].bytes for index in order] for layer, order in enumerate(kept)]
+    extras = [
+        [layers[layer][index].bytes - layers[layer][order[0]].bytes for index in order] for layer, order in enumerate(kept)
+    ]
     losses = [[layers[layer][index].loss for index in order] for layer, order in enumerate(kept)]
     spare = min(budget - smallest, sum(each[-1] for each in extras))
     common = math.gcd(*(extra for each in extras for extra in each)) or 1

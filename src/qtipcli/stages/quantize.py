@@ -8,6 +8,7 @@ each block is tuned before the next is rounded, and its shard also holds the nor
 from __future__ import annotations
 
 import fnmatch
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -86,6 +87,8 @@ class _Quantizer:
         self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
         self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
+        # Compiled once: an allocation has a pattern for each of what may be thousands of layers.
+        self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
         for note in self.skeleton.notes:
             watcher.note(note)
         _refuse_unsupported(source, self.skeleton)
@@ -201,8 +204,7 @@ class _Quantizer:
         return round_group(weights, hessian_II, specs, settings, luts)
 
     def _spec(self, name: str) -> TrellisSpec:
-        override = next((value for pattern, value in self.settings.layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        return self.settings.spec(override)
+        return self.settings.spec(next((value for pattern, value in self.overrides if pattern.match(name)), None))
 
     def _lut(self, spec: TrellisSpec) -> torch.Tensor | None:
         if spec not in self.luts:
