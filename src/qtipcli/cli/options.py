@@ -58,7 +58,7 @@ def allocation_settings(
     if not (asked or average or size is not None or preset.allocate is not None):
         if measuring:
             raise SettingsError(
-                f"--{next(iter(measuring)).replace('_', '-')} is of no use without a measured allocation",
+                f"held-out {' and '.join(measuring)} are for a measured allocation, and none was asked for",
                 "say --allocate, --size, or an average such as --bits 2.4",
             )
         return bits, None

@@ -1,8 +1,8 @@
 """Owns the choice of a rate for every layer: a multiple-choice knapsack, least total loss within an exact budget of bytes.
 
-Model of the loss (Q-Palette, arXiv 2509.20214, and the linearity it rests on): what layers add to it is a sum, each layer's part
-a function of its own rate. Dynamic programming then finds the best table; it is exact where sizes are whole multiples of a
-common unit that is not too small, and otherwise rounds sizes up, so that a budget is never exceeded.
+Model of the loss (Q-Palette, arXiv 2509.20214): what layers add to it is a sum, each layer's part a function of its own rate.
+Dynamic programming then finds the best table; it is exact where sizes are whole multiples of a common unit that is not too
+small, and otherwise rounds sizes up, so that a budget is never exceeded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qtipcli.errors import QtipError, SettingsError
 MOST_UNITS = 1 << 17
 """Units that a budget is divided into at most: 560 layers of a 70-billion-parameter model then take 73 MB and a few seconds.
 
-Rounding up costs each layer less than a unit, 560 / 2^17 = 0.4 % of what is to be distributed, which the greedy fill gives back.
+Rounding up costs each layer less than a unit, together 560 / 2^17 = 0.4 % of the budget, which the greedy fill gives back.
 """
 
 
@@ -42,10 +42,9 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: int, fixed: int = 0) ->
     smallest = fixed + sum(layers[layer][order[0]].bytes for layer, order in enumerate(kept))
     if smallest > budget:
         raise SettingsError(f"a budget of {budget:,} bytes is too small", f"the smallest possible is {smallest:,} bytes")
-    extras = [
-        [layers[layer][index].bytes - layers[layer][order[0]].bytes for index in order] for layer, order in enumerate(kept)
-    ]
-    losses = [[layers[layer][index].loss for index in order] for layer, order in enumerate(kept)]
+    sorted_choices = [[choices[index] for index in order] for choices, order in zip(layers, kept, strict=True)]
+    extras = [[choice.bytes - choices[0].bytes for choice in choices] for choices in sorted_choices]
+    losses = [[choice.loss for choice in choices] for choices in sorted_choices]
     spare = min(budget - smallest, sum(each[-1] for each in extras))
     common = math.gcd(*(extra for each in extras for extra in each)) or 1
     unit = common * -(-(spare // common) // MOST_UNITS) or common
@@ -106,17 +105,19 @@ def _least_loss(units: Sequence[Sequence[int]], losses: Sequence[Sequence[float]
 
 def _fill(taken: list[int], extras: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], spare: int) -> None:
     """Spend, in place, the bytes that rounding up left over: the change with the most loss saved per byte first."""
-    left = spare - sum(each[place] for each, place in zip(extras, taken, strict=True))
+    left = spare - sum(sizes[place] for sizes, place in zip(extras, taken, strict=True))
     while True:
-        gains = [
-            ((losses[layer][taken[layer]] - losses[layer][place]) / (extras[layer][place] - extras[layer][taken[layer]]), layer, place)
-            for layer in range(len(taken))
-            for place in range(taken[layer] + 1, len(extras[layer]))
-            if extras[layer][place] - extras[layer][taken[layer]] <= left
-        ]  # fmt: skip
-        if not gains:
+        best: tuple[float, int, int] | None = None
+        for layer, (sizes, values) in enumerate(zip(extras, losses, strict=True)):
+            now = taken[layer]
+            for place in range(now + 1, len(sizes)):
+                more = sizes[place] - sizes[now]
+                gain = (values[now] - values[place]) / more
+                if more <= left and (best is None or gain > best[0]):
+                    best = gain, layer, place
+        if best is None:
             return
-        _, layer, place = max(gains, key=lambda gain: (gain[0], -gain[1], -gain[2]))
+        _, layer, place = best
         left -= extras[layer][place] - extras[layer][taken[layer]]
         taken[layer] = place
 

@@ -1,8 +1,8 @@
 """Owns the cheap rounding that stands for the real one: what noise a layer would get at a rate, without the cost of getting it.
 
-The real trellis has up to 2^16 states; the probe's has 2^10, in the same basis, with the same searched scale and the same refit,
-and on wide layers a sample of the rows, which are rounded independently of one another. What the larger trellis gains is the
-same for every matrix, and is measured on Gaussian tiles. Dimension key: O outputs, I inputs; P and J the same padded.
+The real trellis has up to 2^16 states; the probe's has 2^10, in the same basis, with the scale searched and refitted as there,
+and on wide layers a sample of the rows, which are rounded independently of one another. What the larger trellis gains is taken
+to be the same for every matrix, and measured on Gaussian tiles. Dimension key: O outputs, I inputs; P and J the same padded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qtipcli_kernels.codes import default_lut, tabulate
 from qtipcli_kernels.spec import TILE_WEIGHTS, TrellisSpec
 
 PROBE_ROWS = 128
-"""Rows of a layer that are rounded to learn its distortion at a rate; the refit's columns overfit them by one part in as many."""
+"""Rows of a layer that tell its distortion at a rate; the refit's columns overfit them by one part in as many."""
 
 GAUSSIAN_TILES = 32
 """Tiles that tell two trellises apart: a tile's error varies by 9 %, so that the ratio is known to 2 %."""

@@ -1,8 +1,8 @@
 """Owns the allocate stage: which rate each layer gets within a budget, and whether that was better than the uniform model.
 
-The run directory holds two empty shards: `table` reports the decision before anything is rounded, `verdict` what both finished
-jobs are worth on held-out windows. In between they are ordinary quantize jobs: the table is a QuantizeSettings with one override
-a layer. What is counted is what `qtip pack` stores, tensor by tensor.
+The run directory holds two empty shards: `table` reports the decision, before anything is rounded, and `verdict` what both
+finished jobs are worth on held-out windows. In between they are ordinary quantize jobs: the table becomes a QuantizeSettings
+with an override for each layer. What is counted is what `qtip pack` stores, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -156,10 +156,10 @@ def settings_of(table: Mapping[str, Any], quantize: QuantizeSettings, which: str
 
     The user's own overrides stand before them, so that they win.
     """
-    names = (
-        {glob.escape(name): text for name, text in table["layers"].items()} if which == ALLOCATED else {"*": table["uniform"]}
-    )
-    overrides = {pattern: _override(text) for pattern, text in names.items()}
+    patterns = {"*": table["uniform"]}
+    if which == ALLOCATED:
+        patterns = {glob.escape(name): text for name, text in table["layers"].items()}
+    overrides = {pattern: _override(text) for pattern, text in patterns.items()}
     return settings_from(QuantizeSettings, quantize.model_dump() | {"layers": {**_dumped(quantize), **overrides}})
 
 
@@ -218,14 +218,12 @@ def _decide(
 
 
 def _verdict(found: Mapping[str, Tensor]) -> dict[str, Any]:
+    """found: ALLOCATED and UNIFORM -> KL of each window, float64 [W]."""
     means = {which: float(kl_W.mean()) for which, kl_W in found.items()}
-    rows = {which: len(kl_W) for which, kl_W in found.items()}
-    return {
-        "kl": means,
-        "kl_stderr": {which: float(kl_W.std() / math.sqrt(rows[which])) if rows[which] > 1 else None for which, kl_W in found.items()},
-        "windows": rows[ALLOCATED],
-        "kept": ALLOCATED if means[ALLOCATED] <= means[UNIFORM] else UNIFORM,
-    }  # fmt: skip
+    windows = len(found[ALLOCATED])
+    errors = {which: float(kl_W.std()) / math.sqrt(windows) if windows > 1 else None for which, kl_W in found.items()}
+    kept = ALLOCATED if means[ALLOCATED] <= means[UNIFORM] else UNIFORM
+    return {"kl": means, "kl_stderr": errors, "windows": windows, "kept": kept}
 
 
 def _put(reference: Reference, job: RunDirectory) -> None:
@@ -242,9 +240,9 @@ def _put(reference: Reference, job: RunDirectory) -> None:
 
 
 def _average_bytes(layers: Mapping[str, Layer], spec: TrellisSpec, transform: Transform, bits: float) -> int:
-    """Bytes of a uniform model with the code of `spec`, were there a rate of `bits`: walks in proportion, scales and tables whole.
+    """Bytes, rounded down, of a uniform model with the code of `spec`, were there a rate of `bits`.
 
-    Rounded down.
+    Walks in proportion, scales and tables whole.
     """
     total = Fraction(0)
     for layer in layers.values():

@@ -1,8 +1,8 @@
 """Owns the measurement of a model in the making: KL(original || changed), with one model, whole, in memory.
 
-What the original predicts is kept as what its last block returns, exact and a few hundred times smaller than logits. Then weights
-are changed in place, and the model is run again from the first changed block on. The whole model lies in memory on the default
-device, in float32; on a GPU that has no room for that in bfloat16, which is said in a note.
+What the original predicts is kept as what its last block returns, exact and a few hundred times smaller than logits. Then
+weights are changed in place, and the model is run again from the first changed block on. The whole model lies in memory on the
+default device, in float32; on a GPU that has no room for that in bfloat16, which is said in a note.
 """
 
 from __future__ import annotations

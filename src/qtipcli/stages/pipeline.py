@@ -73,10 +73,11 @@ def allocate_model(
     force: bool = False,
     pack_after: bool = True,
 ) -> Path:
-    """As `quantize_model`, with a rate for each layer that is measured to be worth its bytes; each step goes on where it stopped.
+    """As `quantize_model`, with a rate for each layer that is measured to be worth its bytes.
 
     The allocated model is rounded in OUT.job, the best uniform one of the same size in OUT.uniform.job; both are compared on
-    held-out text, and the better one is packed. Returns the packed directory, or the better run directory with pack_after False.
+    held-out text, and the better one is packed. Each step goes on where an earlier run stopped.
+    Returns the packed directory, or the better run directory with pack_after False.
     """
     pack.refuse_surroundings(out)
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}

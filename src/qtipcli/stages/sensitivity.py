@@ -4,8 +4,8 @@ Each layer gets the error of a cheap rounding (quant/probe.py) while all others 
 read. That over the error's relative proxy loss is the layer's sensitivity; times the loss that a rate would cost the layer it
 predicts what the rate would cost the model. Source: Q-Palette (arXiv 2509.20214), section 4.
 
-The run directory holds the shard `tokens` and for each block an empty shard whose report has a row for each layer. The model lies
-in memory as a whole (stages/divergence.py); blocks are done in order, and a run that was stopped goes on with the next one.
+The run directory holds the shard `tokens` and for each block an empty shard whose report has a row for each layer. The model
+lies in memory as a whole (stages/divergence.py); blocks are done in order, and a stopped run goes on with the next one.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def run(
     """Fill `directory` with the layers' sensitivities, going on where an earlier run stopped; returns it.
 
     hessians: a finished calibrate run directory of the same model, whose windows are not measured on.
-    Raises MismatchError where it holds another job, SettingsError for a rate that the code has not, QtipError where the text has no window beside those of the calibration,
-    StoppedError after Ctrl-C.
+    Raises MismatchError where it holds another job, SettingsError for a rate that the code has not, QtipError where the text
+    has no window beside those of the calibration, StoppedError after Ctrl-C.
     """
     watcher = watcher or Silent()
     calibration = RunDirectory.load(hessians, calibrate.STAGE)
@@ -194,7 +194,7 @@ def _noise(quantize: QuantizeSettings, settings: SensitivitySettings) -> Trellis
 def _heldout(
     source: ModelSource, settings: SensitivitySettings, calibration: RunDirectory, watcher: Watcher
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, report) of the shard `tokens`: windows that calibrated nothing; fewer than asked for where the text is short."""
+    """(tensors, report) of the shard `tokens`: windows that calibrated nothing; fewer than asked for where text is short."""
     own = CalibrationSettings(**calibration.settings)
     wanted = settings.windows + settings.judge_windows
     is_other_text = settings.data is not None and settings.data != own.data
@@ -204,8 +204,8 @@ def _heldout(
     kept = [row for row in windows.tokens if row.numpy().tobytes() not in seen][:wanted]
     if len(kept) < 2:
         raise QtipError(
-            f"{windows.source} holds {windows.available} windows of {windows.context} tokens, and {windows.rows - len(kept)} of "
-            "them calibrated the model: none are left to measure sensitivities on",
+            f"{windows.source} holds {windows.available} windows of {windows.context} tokens, and {windows.rows - len(kept)} "
+            "of them calibrated the model: too few are left to measure sensitivities on",
             "calibrate with fewer --samples, or give other text with --heldout-data FILE",
         )
     share = settings.windows if len(kept) == wanted else max(1, len(kept) * settings.windows // wanted)
