@@ -349,15 +349,21 @@ def test_tokens_of_other_text_are_all_held_out(again: Qtip, own: Path) -> None:
     assert RunDirectory.load(own / "other.job-s").report(TOKENS)["source"] == "other.txt"
 
 
-def test_too_little_text_is_shared_or_refused(quantize: Qtip, tiny_model: Path, tmp_path: Path) -> None:
-    calibration = ("--samples", "6", "--context", "32")
-    for lines, status, word in ((24, 1, "too few are left"), (34, 0, "not 80")):
-        short = tmp_path / f"short-{lines}.txt"
-        short.write_text("".join(f"def f{n}(x):\n    return {n}\n\n" for n in range(lines)))
-        where = ("--hessians", f"h{lines}", "--out", f"out{lines}")
-        outcome = quantize("--bits", "2.5", *calibration, *where, data=short)
-        assert outcome.status == status, outcome.err
-        assert word in outcome.err
+def test_too_little_text_is_shared_or_refused(quantize: Qtip, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("".join(f"def f{n}(x):\n    return {n}\n\n" for n in range(30)))
+    outcome = quantize("--bits", "2.5", "--samples", "6", "--hessians", "few", "--out", "few-out", data=short)
+    assert outcome.status == 0, outcome.err
+    note = next(line for line in outcome.err.splitlines() if "held-out windows of 32 tokens, not 80" in line)
+    tokens = RunDirectory.load(tmp_path / "few.sensitivity-3inst").read(TOKENS)
+    measured, judged = len(tokens[TOKENS]), len(tokens[sensitivity.JUDGE_TOKENS])
+    assert f"holds {measured + judged} held-out" in note
+    assert 1 <= measured <= judged
+    outcome = quantize("--bits", "2.5", "--samples", "500", "--hessians", "all", "--out", "all-out", data=short)
+    assert outcome.status == 1
+    assert "too few are left" in outcome.err
+    assert "--heldout-data FILE" in outcome.err
+    assert not list(tmp_path.glob("all-out*"))
 
 
 def test_the_stream_of_blocks_is_the_model(tiny_model: Path) -> None:
