@@ -25,8 +25,11 @@ from qtipcli.stages.progress import Watcher
 ROOM = 1.3
 """Memory that the weights may take with activations, logits and the allocator's waste, over the weights alone."""
 
-CHUNK_LOGITS = 2**21
-"""Logits that are float64 at a time: 16 MB an array."""
+CHUNK_LOGITS = 2**17
+"""Logits that are float64 at a time: 1 MB an array, which stays in a core's cache."""
+
+KEPT_BYTES = 1 << 30
+"""Of the original's log-probabilities in float64; where they take more, they are made again for each comparison."""
 
 
 class Reference:
@@ -54,6 +57,9 @@ class Reference:
         for index in range(len(self.skeleton.blocks)):
             self.skeleton.materialize(index)
         self._last = [self._through(index) for index in range(len(self._rows))]
+        self._log_p: list[Tensor] | None = None
+        if rows.numel() * vocabulary * torch.float64.itemsize <= KEPT_BYTES:
+            self._log_p = [torch.log_softmax(self._original(index).double(), -1) for index in range(len(self._rows))]
 
     def advance(self) -> None:
         """Start one block later from now on; the block that is left behind must be as it was."""
@@ -70,10 +76,10 @@ class Reference:
         means = []
         for index, rows in enumerate(self._rows):
             checkpoint()
-            original = self._after.logits(rows, self._last[index])[:, :-1]
             changed = self._after.logits(rows, self._through(index))[:, :-1]
-            means += [_mean_divergence(*pair) for pair in zip(original, changed, strict=True)]
-        return torch.stack(means).cpu()
+            original = self._original(index) if self._log_p is None else self._log_p[index]
+            means.append(_divergences(original, changed, self._log_p is not None).mean(-1))
+        return torch.cat(means).cpu()
 
     def change(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give parameters other values, full name -> tensor of the same shape; returns what they had."""
@@ -93,6 +99,10 @@ class Reference:
         finally:
             self.change(before)
 
+    def _original(self, index: int) -> Tensor:
+        """The original's logits for batch `index` where they count, [rows, context - 1, vocabulary]."""
+        return self._after.logits(self._rows[index], self._last[index])[:, :-1]
+
     def _through(self, index: int) -> Tensor:
         """What the last block returns for batch `index`, with the model as it is."""
         batch = self._inputs[index]
@@ -102,14 +112,14 @@ class Reference:
         return hidden
 
 
-def _mean_divergence(original_PV: Tensor, changed_PV: Tensor) -> Tensor:
-    """Of one row, float64, converted a few positions at a time."""
-    step = max(1, CHUNK_LOGITS // original_PV.shape[-1])
-    parts = [
-        divergence(torch.log_softmax(one.double(), -1), torch.log_softmax(other.double(), -1))
-        for one, other in zip(original_PV.split(step), changed_PV.split(step), strict=True)
-    ]
-    return torch.cat(parts).mean()
+def _divergences(original: Tensor, changed: Tensor, is_log: bool) -> Tensor:
+    """Of each prediction, float64 [R, P]. original, changed: [R, P, V], logits, or with `is_log` the original's log p."""
+    step = max(1, CHUNK_LOGITS // original.shape[-1])
+    parts = []
+    for one, other in zip(original.flatten(0, 1).split(step), changed.flatten(0, 1).split(step), strict=True):
+        log_p = one if is_log else torch.log_softmax(one.double(), -1)
+        parts.append(divergence(log_p, torch.log_softmax(other.double(), -1)))
+    return torch.cat(parts).reshape(original.shape[:2])
 
 
 def _dtype(source: ModelSource, device: torch.device, watcher: Watcher) -> torch.dtype:
