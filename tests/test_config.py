@@ -137,6 +137,9 @@ def test_an_average_lies_between_the_rates_of_a_code() -> None:
 def test_an_allocation_has_one_target(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"2\.4 bits and a size of 5,000 bytes"):
         settings_from(AllocationSettings, {"bits": 2.4, "size": 5000})
+    for bits in (0.5, 9, float("nan")):
+        with pytest.raises(SettingsError, match="setting bits"):
+            settings_from(AllocationSettings, {"bits": bits})
     file = tmp_path / "mine.yaml"
     file.write_text("description: mine\nallocate: {size: 1.5MiB, windows: 8, half_code: null}\n")
     allocation = load_preset(str(file)).allocate

@@ -177,7 +177,7 @@ class AllocationSettings(SensitivitySettings):
     size: bytes of everything that is stored, or a text such as "1.2GiB". At most one of the two; neither is the job's own bits.
     """
 
-    bits: float | None = None
+    bits: float | None = Field(None, ge=1, le=8)
     size: int | None = Field(None, ge=1)
 
     @field_validator("size", mode="before")

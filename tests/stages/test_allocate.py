@@ -240,6 +240,19 @@ def test_the_figures_are_those_of_the_packed_model(allocated: Path, tiny_model: 
     assert config["provenance"]["allocation"] == record
 
 
+def test_tuned_vectors_are_in_the_figures(quantize: Qtip, tmp_path: Path) -> None:
+    """Norms and biases that block tuning trained, in a model that has both."""
+    model = save_model("qwen2", tmp_path / "model")
+    (tmp_path / "little.yaml").write_text(PRESET)
+    options = ("--preset", "little.yaml", "--bits", "2.5", "--tune-blocks", "--hessians", "h", "--out", "out")
+    outcome = quantize(*options, model=model)
+    assert outcome.status == 0, outcome.err
+    record = json.loads((tmp_path / "out" / "qtip.json").read_text())["allocation"]
+    tokens = RunDirectory.load(tmp_path / "h.sensitivity-3inst").read(TOKENS)[sensitivity.JUDGE_TOKENS]
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (tmp_path / "out", model)]
+    assert record["measured"]["kl"][record["kept"]] == pytest.approx(plain_divergence(*models, tokens), rel=1e-3)
+
+
 def test_a_worse_allocation_is_not_kept(again: Qtip, own: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sensitivities that are upside down spend bits where they are worth least; what is packed then is the uniform model."""
     measured = sensitivity.rows

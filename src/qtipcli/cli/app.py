@@ -130,7 +130,7 @@ def quantize(
     from qtipcli.stages import pipeline
 
     source = ModelSource.open(model, revision, trust_remote_code)
-    target = out or pipeline.output_directory(source, size or f"{settings.bits if bits is None else bits:g}bit")
+    target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
     where = hessians or pipeline.hessians_directory(source)
     with Display() as display:
         if allocation is None:

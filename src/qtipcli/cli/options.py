@@ -69,6 +69,15 @@ def allocation_settings(
     return own_bits, settings_from(AllocationSettings, values)
 
 
+def rate_of(settings: QuantizeSettings, allocation: AllocationSettings | None, size: str | None) -> str:
+    """What a result is called after: "2.4bit", or "1.2GiB". size: as typed."""
+    if size is not None:
+        return "".join(size.split())
+    if allocation is not None and allocation.size is not None:
+        return f"{allocation.size}B"
+    return f"{settings.bits if allocation is None or allocation.bits is None else allocation.bits:g}bit"
+
+
 def _layer(text: str) -> tuple[str, dict[str, Any]]:
     pattern, _, value = text.partition("=")
     bits, _, code = value.partition(":")
