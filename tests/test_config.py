@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from qtipcli.config import (
+    AllocationSettings,
     CalibrationSettings,
     LayerSettings,
     Preset,
     QuantizeSettings,
+    is_average,
     load_preset,
+    parse_size,
     preset_names,
     settings_from,
 )
@@ -96,6 +99,52 @@ def test_a_preset_file_that_is_wrong_is_named(content: str, word: str, tmp_path:
     file.write_text(content)
     with pytest.raises(SettingsError, match=word):
         load_preset(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1.2GiB", 1_288_490_188),
+        ("1GB", 10**9),
+        ("350 mb", 350_000_000),
+        (".5KiB", 512),
+        ("77", 77),
+        ("8B", 8),
+        ("0.1TB", 10**11),
+    ],
+)
+def test_a_size_is_whole_bytes_rounded_down(text: str, size: int) -> None:
+    assert parse_size(text) == size
+    assert settings_from(AllocationSettings, {"size": text}).size == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.2.3GB", "-1GB", "1 XB", "0GiB", "1e9"])
+def test_what_is_no_size_is_named(text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_size(text)
+    assert repr(text) in caught.value.message
+
+
+def test_an_average_lies_between_the_rates_of_a_code() -> None:
+    assert is_average("3inst", 2.5)
+    assert is_average("hyb", 2.25)
+    assert not any(is_average("3inst", bits) for bits in (2, 0.5, 8.5, float("nan")))
+    assert not is_average("hyb", 2.5)
+    assert not is_average("hyb", 4.5)
+    assert not is_average("2mad", 2.5)
+
+
+def test_an_allocation_has_one_target(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"2\.4 bits and a size of 5,000 bytes"):
+        settings_from(AllocationSettings, {"bits": 2.4, "size": 5000})
+    for bits in (0.5, 9, float("nan")):
+        with pytest.raises(SettingsError, match="setting bits"):
+            settings_from(AllocationSettings, {"bits": bits})
+    file = tmp_path / "mine.yaml"
+    file.write_text("description: mine\nallocate: {size: 1.5MiB, windows: 8, half_code: null}\n")
+    allocation = load_preset(str(file)).allocate
+    assert (allocation.size, allocation.windows, allocation.half_code) == (1_572_864, 8, None)
+    assert allocation.sensitivity().model_dump().keys() == allocation.model_dump().keys() - {"bits", "size"}
 
 
 def test_a_preset_that_does_not_exist_lists_those_that_do() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qtipcli.errors import QtipError, SettingsError
-from qtipcli_kernels.spec import SpecError, TrellisSpec
+from qtipcli_kernels.spec import SpecError, TrellisSpec, offered_bits
 
 PRESET_DIRECTORIES = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
 """Where named presets lie: inside an installed wheel, or beside `src` in a checkout."""
@@ -164,6 +166,71 @@ class QuantizeSettings(_Strict):
             raise SettingsError(fact, remedy) from error
 
 
+class SensitivitySettings(_Strict):
+    """How it is measured what each layer's error does to the whole model.
+
+    data: held-out text, as of CalibrationSettings; None is the calibration's own text, of which the windows that calibrated are
+    left out. windows: held-out windows on which each layer's noise is measured. judge_windows: others, on which the finished
+    models are compared. noise_bits: rate of the noise, one that the job's code offers.
+    half_code: the code of rates that the job's code has not, such as 2.5; None is the job's code alone.
+    """
+
+    data: str | None = None
+    windows: int = Field(16, ge=1)
+    judge_windows: int = Field(64, ge=1)
+    noise_bits: float = 2.0
+    half_code: Literal["hyb", "hyb2"] | None = "hyb2"
+
+
+class AllocationSettings(SensitivitySettings):
+    """A measured allocation of bits: what it is to fit into, and how it is measured.
+
+    bits: average payload rate, any number within the rates of the code: the bytes of a uniform model at that rate.
+    size: bytes of everything that is stored, or a text such as "1.2GiB". At most one of the two; neither is the job's own bits.
+    """
+
+    bits: float | None = Field(None, ge=1, le=8)
+    size: int | None = Field(None, ge=1)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_size(value) if isinstance(value, str) else value
+
+    def model_post_init(self, context: Any) -> None:
+        if self.bits is not None and self.size is not None:
+            raise SettingsError(
+                f"an average of {self.bits:g} bits and a size of {self.size:,} bytes were asked for", "give one of the two"
+            )
+
+    def sensitivity(self) -> SensitivitySettings:
+        """The part that decides what is measured; the rest decides what is made of it."""
+        return SensitivitySettings(**self.model_dump(exclude={"bits", "size"}))
+
+
+SIZE_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Whole bytes, rounded down, of a size such as "1.2GiB" or "350 MB". Raises SettingsError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    unit = SIZE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or not Fraction(match[1]):
+        raise SettingsError(f"{text!r} is not a size", "as in 1.2GiB; units are B, KB, MB, GB, TB, KiB, MiB, GiB and TiB")
+    return int(Fraction(match[1]) * unit)
+
+
+def is_average(code: str, bits: float) -> bool:
+    """Whether no layer can have this rate with `code`, but layers of different rates can have it together."""
+    try:
+        rates = offered_bits(code)
+    except SpecError:
+        return False
+    return rates[0] < bits < rates[-1] and bits not in rates
+
+
 class Preset(_Strict):
     """One file of configs/: a sentence, and the settings that differ from the defaults."""
 
@@ -171,6 +238,7 @@ class Preset(_Strict):
     calibrate: CalibrationSettings = CalibrationSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    allocate: AllocationSettings | None = None
 
 
 def settings_from(kind: type[Settings], values: dict[str, Any]) -> Settings:

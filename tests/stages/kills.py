@@ -1,6 +1,6 @@
-"""Kills a quantize or finetune job with SIGKILL at random moments, gives the same command again, and compares the results.
+"""Kills a quantize, allocate or finetune job with SIGKILL at random moments, gives the command again, compares the results.
 
-    PYTHONPATH=src:kernels:tests python -m stages.kills --kills 100 [--what finetune]
+    PYTHONPATH=src:kernels:tests python -m stages.kills --kills 100 [--what allocate]
 
 Each time a job of the tiny model is started anew, killed after a delay drawn uniformly from the duration of a whole run, and
 given again until it finishes. With --warm the commands run in forks of a process that has imported everything: an import is
@@ -65,6 +65,12 @@ def stage_reached(where: Path) -> str:
         return "packed"
     if (where / "out.partial").exists():
         return "packing"
+    for folder, what in (
+        ("out.uniform.job", "quantizing the uniform model"), ("out.allocation.job", "quantizing the allocated model"),
+        ("hessians.sensitivity-3inst", "measuring"),
+    ):  # fmt: skip
+        if (where / folder).exists():
+            return what
     for folder, what in (("out.end.job", "tuning end to end"), ("out.blocks.job", "tuning blocks"), ("out.job", "quantizing")):
         if (where / folder).exists():
             return what
@@ -78,6 +84,9 @@ def command(what: str, start: Start, folder: Path) -> list[str]:
     quantize = ["quantize", str(model), *FAST_OPTIONS, *options]
     if what == "quantize":
         return quantize
+    if what == "allocate":
+        (folder / "little.yaml").write_text("description: little is measured\nallocate: {windows: 2, judge_windows: 2}\n")
+        return [*quantize, "--bits", "2.5", "--preset", str(folder / "little.yaml")]
     (folder / "packed").mkdir()
     if exit_status(start(quantize, folder / "packed")):
         raise SystemExit("the model to be tuned could not be quantized")
@@ -96,6 +105,7 @@ def run(kills: int, start: Start, folder: Path, seed: int = 0, what: str = "quan
             raise SystemExit("the command failed before anything was killed")
         seconds = time.perf_counter() - started
     oracle = snapshot(folder / "oracle" / "out")
+    expected = {file.name for file in (folder / "oracle").iterdir()}
     dice = random.Random(seed)
     reached: Counter[str] = Counter()
     differing = 0
@@ -110,7 +120,7 @@ def run(kills: int, start: Start, folder: Path, seed: int = 0, what: str = "quan
             reached[stage_reached(where)] += 1
             status = exit_status(start(arguments, where))
         same = status == 0 and snapshot(where / "out") == oracle
-        leftovers = {file.name for file in where.iterdir()} - {"out", "out.job", "out.blocks.job", "out.end.job", "hessians"}
+        leftovers = {file.name for file in where.iterdir()} - expected
         if not same or leftovers:
             differing += 1
             shutil.copytree(where, folder / f"differs-{differing}", dirs_exist_ok=True)
@@ -123,7 +133,7 @@ def _main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--what", choices=("quantize", "finetune"), default="quantize")
+    parser.add_argument("--what", choices=("quantize", "allocate", "finetune"), default="quantize")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if asked.warm:

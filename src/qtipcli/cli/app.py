@@ -81,7 +81,11 @@ def calibrate(
 @app.command()
 def quantize(
     model: options.Model,
-    bits: Annotated[float | None, typer.Option(help="Payload bits per weight, 1 to 8 [2].")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Payload bits per weight, 1 to 8; an average where the code has no such rate [2].")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Of all that is stored, such as 1.2GiB, in the place of --bits.")] = None,
+    allocate: Annotated[bool, typer.Option("--allocate", help="Measure which layers need more bits, and which fewer.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the packed model goes \\[MODEL-qtip-Nbit].")] = None,
     code: Annotated[str | None, typer.Option(help="3inst, 1mad, mul1, mcg, hyb, hyb2 or lut [3inst].")] = None,
     preset: options.PresetName = None,
@@ -114,6 +118,11 @@ def quantize(
         bool | None, typer.Option("--two-sided/--one-sided", help="Weigh errors by the loss behind each layer, too.")
     ] = None,
     tune_blocks: Annotated[bool, typer.Option("--tune-blocks", help="Tune each block once it is rounded.")] = False,
+    windows: Annotated[int | None, typer.Option(help="Held-out windows that layers are measured on [16].", min=1)] = None,
+    heldout_data: Annotated[str | None, typer.Option(help="Their text \\[what the calibration left of its own].")] = None,
+    sensitivities: Annotated[
+        Path | None, typer.Option(help="What was measured; made if absent \\[HESSIANS.sensitivity-CODE].")
+    ] = None,
     fast: Annotated[
         bool | None, typer.Option("--fast/--exact", help="Let the first encoder pass see half the ring only.")
     ] = None,
@@ -125,8 +134,10 @@ def quantize(
 ) -> None:
     """Quantize a model: calibrate if need be, round every linear of every block, pack a directory that transformers loads."""
     chosen = options.preset_of(preset)
+    measuring = options.given(windows=windows, data=heldout_data)
+    own_bits, allocation = options.allocation_settings(chosen, code, bits, size, allocate, measuring)
     settings = options.quantize_settings(
-        chosen, layer or [], bits=bits, code=code, state_bits=state_bits, transform=transform, damping=damping, refit=refit,
+        chosen, layer or [], bits=own_bits, code=code, state_bits=state_bits, transform=transform, damping=damping, refit=refit,
         scale=scale, search=search, fast=fast, quantized_prefix=quantized_prefix, two_sided=two_sided, seed=seed, skip=skip,
         head_bits=head_bits, embedding_bits=embedding_bits,
         tune_blocks=(chosen.quantize.tune_blocks or BlockTuning()).model_dump() if tune_blocks else None,
@@ -138,10 +149,16 @@ def quantize(
     from qtipcli.stages import pipeline
 
     source = ModelSource.open(model, revision, trust_remote_code)
-    target = out or pipeline.output_directory(source, settings.bits)
+    target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
     where = hessians or pipeline.hessians_directory(source)
     with Display() as display:
-        result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack)
+        if allocation is None:
+            result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack)
+        else:
+            measured = sensitivities or pipeline.sensitivities_directory(where, settings.code)
+            result = pipeline.allocate_model(
+                source, calibration, settings, allocation, where, measured, target, display, force, pack
+            )
     _summarize(result, as_json) if pack else print(result)
 
 

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from qtipcli.config import Preset, QuantizeSettings, load_preset, settings_from
+from qtipcli.config import AllocationSettings, Preset, QuantizeSettings, is_average, load_preset, settings_from
 from qtipcli.errors import SettingsError
+from qtipcli_kernels.spec import offered_bits
 
 Model = Annotated[str, typer.Argument(help="A local directory or a Hugging Face hub name.", show_default=False)]
 Data = Annotated[
@@ -40,6 +41,41 @@ def quantize_settings(preset: Preset, layers: list[str], **asked: Any) -> Quanti
     if not values["skip"]:
         values["skip"] = ()
     return settings_from(QuantizeSettings, values)
+
+
+def allocation_settings(
+    preset: Preset, code: str | None, bits: float | None, size: str | None, asked: bool, measuring: dict[str, Any]
+) -> tuple[float | None, AllocationSettings | None]:
+    """(the job's own rate, the allocation that was asked for or None).
+
+    A rate that the code does not offer is an average, and the job's own rate is then the next one below it, which layers have
+    that the allocation does not decide about. asked: --allocate. measuring: what was typed of AllocationSettings' other fields.
+    """
+    own_code = code or preset.quantize.code
+    average = bits is not None and is_average(own_code, bits)
+    if bits is not None and size is not None:
+        raise SettingsError(f"--bits {bits:g} and --size {size} were both given", "give one of the two")
+    if not (asked or average or size is not None or preset.allocate is not None):
+        if measuring:
+            raise SettingsError(
+                f"held-out {' and '.join(measuring)} are for a measured allocation, and none was asked for",
+                "say --allocate, --size, or an average such as --bits 2.4",
+            )
+        return bits, None
+    values = (preset.allocate or AllocationSettings()).model_dump() | measuring
+    if bits is not None or size is not None:
+        values |= {"bits": bits, "size": size}
+    own_bits = max(rate for rate in offered_bits(own_code) if rate < bits) if average and bits is not None else bits
+    return own_bits, settings_from(AllocationSettings, values)
+
+
+def rate_of(settings: QuantizeSettings, allocation: AllocationSettings | None, size: str | None) -> str:
+    """What a result is called after: "2.4bit", or "1.2GiB". size: as typed."""
+    if size is not None:
+        return "".join(size.split())
+    if allocation is not None and allocation.size is not None:
+        return f"{allocation.size}B"
+    return f"{settings.bits if allocation is None or allocation.bits is None else allocation.bits:g}bit"
 
 
 def _layer(text: str) -> tuple[str, dict[str, Any]]:

@@ -111,8 +111,8 @@ def add(
 ) -> None:
     """Add the Hessian of the head's input, or those of layers' outputs, to finished ones.
 
-    They are made of the tokens that are stored there: the text is not needed. Raises QtipError where the model is another one or its head cannot be packed, StoppedError after
-    Ctrl-C.
+    They are made of the tokens that are stored there: the text is not needed. Raises QtipError where the model is another one
+    or its head cannot be packed, StoppedError after Ctrl-C.
     """
     found = RunDirectory.load(directory, STAGE)
     if found.fingerprint["model"] != fingerprint_model(source.directory):

@@ -249,16 +249,16 @@ def _compare(
         if base_PV is not None:
             log_p = torch.log_softmax(base_PV[chunk].double(), -1)
             new["base_surprisal"] = -log_p.gather(-1, following)[:, 0]
-            new["kl"] = _divergence(log_p, log_q)
+            new["kl"] = divergence(log_p, log_q)
             new["agrees"] = (base_PV[chunk].argmax(-1) == logits_PV[chunk].argmax(-1)).double()
             if noise_PV is not None:
-                new["noise"] = _divergence(log_p, torch.log_softmax(noise_PV[chunk].double(), -1))
+                new["noise"] = divergence(log_p, torch.log_softmax(noise_PV[chunk].double(), -1))
         for name, values in new.items():
             columns.setdefault(name, []).append(values)
     return Predictions(**{name: torch.cat(parts).cpu().numpy() for name, parts in columns.items()})
 
 
-def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) in nats along the last dimension."""
     p = log_p.exp()
     # A term's limit is 0 where p is 0: a model that masks tokens with -inf would give 0 times infinity.

@@ -21,8 +21,9 @@ REMEDY = "quantize or pack it again with --force, or download it again"
 def run(directory: Path) -> dict[str, Any]:
     """What a packed directory holds, after all of it was checked.
 
-    Returns {"bits_per_weight", "bytes", "parameters", "rows": one a layer}. Raises QtipError where it is no packed model or an
-    unfinished one, CorruptError naming the first file or tensor that is not what was written.
+    Returns {"bits_per_weight", "bytes", "parameters", "rows": one a layer}, and "allocation" where one was measured.
+    Raises QtipError where it is no packed model or an unfinished one, CorruptError naming the first file or tensor that is not
+    what was written.
     """
     config = read_config(directory)
     if not (directory / INDEX_FILE).is_file():
@@ -63,7 +64,7 @@ def run(directory: Path) -> dict[str, Any]:
         "not_converted": config.not_converted,
         "checksums": len(record.get("sha256", {})),
         "rows": rows,
-    }
+    } | {key: record[key] for key in ("allocation",) if key in record}
 
 
 def read_config(directory: Path) -> QtipConfig:

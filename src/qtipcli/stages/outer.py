@@ -19,6 +19,7 @@ from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.model.outer import find_embedding, find_head, is_tied
 from qtipcli.model.skeleton import Skeleton
+from qtipcli.nn.layout import PackedLayout
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import calibrate
 from qtipcli_kernels.spec import TILE, TrellisSpec
@@ -61,6 +62,11 @@ class OuterMatrix:
         hessian_II = calibration.read(calibrate.HEAD)[self.head]
         size = float(hessian_II.diagonal().mean())
         return hessian_II / size + looked_up_II if self.embedding and size > 0 else hessian_II
+
+    def bytes(self, transform_in: Transform) -> int:
+        """Stored bytes of trellis, scales and table."""
+        layout = PackedLayout(self.shape[1], self.shape[0], self.spec, transform_in, self.transform_out, self.bias)
+        return layout.stored_bits // 8
 
     def stand_in(self) -> nn.Linear:
         """A linear of these sizes, on meta."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,11 @@ def run(
     force: bool = False,
     max_shard_size: str = "5GB",
     watcher: Watcher | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `out` from the finished job in `job_directory`; returns it.
 
+    provenance: what config.json and qtip.json are to say besides about how the model was made, in JSON types.
     Nothing is done where `out` was already packed from this very job, unless `force` is given. Raises SettingsError where it
     holds something else and `force` is not given, CorruptError where a shard of the job is damaged, QtipError where the job is
     unfinished or of another model.
@@ -64,7 +66,7 @@ def run(
         return out
     refuse_occupied(out, force)
     with written_whole(out) as partial:
-        _Packer(source, job, partial, watcher).run(max_shard_size)
+        _Packer(source, job, partial, watcher, provenance or {}).run(max_shard_size)
     return out
 
 
@@ -134,8 +136,11 @@ def _job_record(job: RunDirectory) -> dict[str, Any]:
 class _Packer:
     """One run of the stage, into an empty directory."""
 
-    def __init__(self, source: ModelSource, job: RunDirectory, directory: Path, watcher: Watcher) -> None:
+    def __init__(
+        self, source: ModelSource, job: RunDirectory, directory: Path, watcher: Watcher, provenance: Mapping[str, Any]
+    ) -> None:
         self.source, self.job, self.directory, self.watcher = source, job, directory, watcher
+        self.provenance = dict(provenance)
         self.skeleton = Skeleton(source)
         self.layers: dict[str, dict[str, Any]] = {}
         self.left: dict[str, str] = {}
@@ -163,7 +168,7 @@ class _Packer:
         self._copy_other_files()
         self._write_config()
         checksums = {file.name: sha256_file(file) for file in sorted(self.directory.iterdir())}
-        record = {"format": "qtip", "job": _job_record(self.job), "layers": self.layers, "sha256": checksums}
+        record = {"format": "qtip", "job": _job_record(self.job), **self.provenance, "layers": self.layers, "sha256": checksums}
         write_text_atomic(self.directory / RECORD_FILE, json.dumps(record, indent=1) + "\n")
         index = {
             "metadata": {"total_size": split.metadata["total_size"], "total_parameters": self._parameters()},
@@ -209,7 +214,7 @@ class _Packer:
         linears = [name for name, module in self.skeleton.model.named_modules() if type(module) is torch.nn.Linear]
         not_converted = {name: self.left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
         layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
-        provenance = {"base_model": self.source.name, "settings": self.job.settings}
+        provenance = {"base_model": self.source.name, "settings": self.job.settings, **self.provenance}
         config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
         if any(f"{name}.weight" in self.skeleton.untied for name in self.layers):
             _untie(config)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtipcli.config import CalibrationSettings, QuantizeSettings, settings_from
+from qtipcli.config import AllocationSettings, CalibrationSettings, QuantizeSettings, settings_from
 from qtipcli.errors import CorruptError, MismatchError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import calibrate, outer, pack, quantize
+from qtipcli.stages import allocate, calibrate, outer, pack, quantize, sensitivity
+from qtipcli.stages.allocate import ALLOCATED, UNIFORM
 from qtipcli.stages.progress import Watcher
 
 
@@ -26,9 +27,14 @@ def job_directory(out: Path) -> Path:
     return out.with_name(f"{out.name}.job")
 
 
-def output_directory(source: ModelSource, bits: float) -> Path:
-    """Where a packed model goes unless the user says otherwise."""
-    return Path(f"{source.slug}-qtip-{bits:g}bit")
+def sensitivities_directory(hessians: Path, code: str) -> Path:
+    """Where the layers' sensitivities lie unless the user says otherwise: beside the Hessians, and for each code its own."""
+    return hessians.with_name(f"{hessians.name}.sensitivity-{code}")
+
+
+def output_directory(source: ModelSource, rate: str) -> Path:
+    """Where a packed model goes unless the user says otherwise. rate: such as "2.4bit"."""
+    return Path(f"{source.slug}-qtip-{rate}")
 
 
 def quantize_model(
@@ -50,11 +56,59 @@ def quantize_model(
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
-    wants_outer = outer.shard_keys(settings.model_dump())
-    head = bool(wants_outer) and outer.needs_head_hessian(outer.plan(Skeleton(source), settings))
-    _calibrate(source, calibration, hessians, force, watcher, head, settings.two_sided)
+    _calibrate(source, calibration, settings, hessians, force, watcher)
     quantize.run(source, settings, hessians, job, force, watcher)
     return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
+
+
+def allocate_model(
+    source: ModelSource,
+    calibration: Mapping[str, Any],
+    settings: QuantizeSettings,
+    allocation: AllocationSettings,
+    hessians: Path,
+    sensitivities: Path,
+    out: Path,
+    watcher: Watcher,
+    force: bool = False,
+    pack_after: bool = True,
+) -> Path:
+    """As `quantize_model`, with a rate for each layer that is measured to be worth its bytes.
+
+    The allocated model is rounded in OUT.job, the best uniform one of the same size in OUT.uniform.job; both are compared on
+    held-out text, and the better one is packed. Each step goes on where an earlier run stopped.
+    Returns the packed directory, or the better run directory with pack_after False.
+    """
+    pack.refuse_surroundings(out)
+    jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
+    if pack_after and not any(_is_packed(job, out) for job in jobs.values()):
+        pack.refuse_occupied(out, force)
+    allocate.check(source, settings, allocation)
+    _calibrate(source, calibration, settings, hessians, force, watcher)
+    try:
+        sensitivity.run(source, settings, allocation.sensitivity(), hessians, sensitivities, force, watcher)
+    except MismatchError as error:
+        raise MismatchError(error.message, "--sensitivities DIR for others, or --force to measure them again") from error
+    decision = job_directory(out.with_name(f"{out.name}.allocation"))
+    table = allocate.decide(source, settings, allocation, hessians, sensitivities, decision, force, watcher)
+    report: dict[str, Any] = {"target": allocation.model_dump()} | {name: table[name] for name in table if name != "layers"}
+    if allocate.is_uniform(table):
+        watcher.note(f"the best allocation is the uniform model at {table['uniform']}: there is nothing to compare")
+        del jobs[UNIFORM]
+    for which, job in jobs.items():
+        watcher.note(f"{which}: predicted KL {table['predicted_kl'][which]:.4g} at {table['bytes'][which]:,} bytes, in {job}")
+        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher)
+    kept = ALLOCATED
+    if UNIFORM in jobs:
+        verdict = allocate.judge(source, sensitivities, jobs, decision, watcher)
+        report["measured"], kept = verdict, verdict["kept"]
+        watcher.note(
+            f"KL on {verdict['windows']} held-out windows: allocated {verdict['kl'][ALLOCATED]:.4g}, "
+            f"uniform {verdict['kl'][UNIFORM]:.4g}; the {kept} model is kept"
+        )
+    if not pack_after:
+        return jobs[kept]
+    return pack.run(source, jobs[kept], out, force, watcher=watcher, provenance={"allocation": report | {"kept": kept}})
 
 
 def _is_packed(job: Path, out: Path) -> bool:
@@ -64,12 +118,15 @@ def _is_packed(job: Path, out: Path) -> bool:
 def _calibrate(
     source: ModelSource,
     asked: Mapping[str, Any],
+    quantize: QuantizeSettings,
     directory: Path,
     force: bool,
     watcher: Watcher,
-    head: bool,
-    two_sided: bool,
 ) -> None:
+    """Make or complete the Hessians that a job with the settings `quantize` needs."""
+    wants_outer = outer.shard_keys(quantize.model_dump())
+    head = bool(wants_outer) and outer.needs_head_hessian(outer.plan(Skeleton(source), quantize))
+    two_sided = quantize.two_sided
     found = _found_hessians(directory, force)
     settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
     if found is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,6 +98,8 @@ class _Quantizer:
         self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
         self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
+        # Compiled once: an allocation has a pattern for each of what may be thousands of layers.
+        self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
         for note in self.skeleton.notes:
             watcher.note(note)
         _refuse_unsupported(source, self.skeleton)
@@ -274,8 +277,7 @@ class _Quantizer:
     def _spec(self, name: str) -> TrellisSpec:
         if name in self.outer:
             return self.outer[name].spec
-        override = next((value for pattern, value in self.settings.layers.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        return self.settings.spec(override)
+        return self.settings.spec(next((value for pattern, value in self.overrides if pattern.match(name)), None))
 
     def _lut(self, spec: TrellisSpec) -> torch.Tensor | None:
         if spec not in self.luts:
