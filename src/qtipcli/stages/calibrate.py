@@ -126,10 +126,14 @@ def is_complete(job: RunDirectory, skeleton: Skeleton) -> bool:
     return all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
 
 
+def block_keys(job: RunDirectory) -> list[str]:
+    """The shards of the decoder blocks that are there, in the order in which they were done."""
+    return [key for key in job.keys() if key.startswith("block-")]  # noqa: SIM118, no mapping
+
+
 def has_output_side(job: RunDirectory) -> bool:
-    """Whether the Hessians of outputs are there for as many blocks as those of inputs."""
-    keys = job.keys()
-    return sum(key.startswith("outputs-") for key in keys) == sum(key.startswith("block-") for key in keys) > 0
+    """Whether the Hessians of outputs are there for every block for which those of inputs are."""
+    return not backward.missing_blocks(job, len(block_keys(job)))
 
 
 def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:

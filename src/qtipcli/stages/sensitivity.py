@@ -103,7 +103,7 @@ def rows(job: RunDirectory, calibration: RunDirectory) -> dict[str, dict[str, An
     with next to none counts for LEAST_SHARE of the median layer. A layer of zeros, which no rounding changes, gets 0.
     Raises QtipError where the stage is not finished.
     """
-    measured = {name: dict(row) for key in _blocks(calibration) for name, row in job.report(key)["layers"].items()}
+    measured = {name: dict(row) for key in calibrate.block_keys(calibration) for name, row in job.report(key)["layers"].items()}
     known = {name: row["kl"] for name, row in measured.items() if row["kl"] > UNMEASURED_KL and row["noise_loss"] > 0}
     least = LEAST_SHARE * statistics.median(known.values()) if known else 0.0
     found = {name: max(kl, least) / measured[name]["noise_loss"] for name, kl in known.items()}
@@ -111,10 +111,6 @@ def rows(job: RunDirectory, calibration: RunDirectory) -> dict[str, dict[str, An
     for name, row in measured.items():
         row["sensitivity"] = found.get(name, middle if row["noise_loss"] > 0 else 0.0)
     return measured
-
-
-def _blocks(calibration: RunDirectory) -> list[str]:
-    return [key for key in calibration.keys() if key != calibrate.TOKENS]  # noqa: SIM118, no mapping
 
 
 def _measure(
@@ -126,7 +122,7 @@ def _measure(
     job: RunDirectory,
     watcher: Watcher,
 ) -> None:
-    keys = _blocks(calibration)
+    keys = calibrate.block_keys(calibration)
     missing = [key for key in keys if not job.done(key)]
     watcher.begin(STAGE, len(keys), len(keys) - len(missing))
     if not missing:
