@@ -17,7 +17,7 @@ from qtipcli.job.interrupt import checkpoint
 from qtipcli.model.inputs import AfterBlocks, capture_first_inputs, run_block
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages.distill import micro_rows
+from qtipcli.stages.distill import most_rows
 from qtipcli.stages.evaluate import divergence
 from qtipcli.stages.load import default_device
 from qtipcli.stages.progress import Watcher
@@ -50,7 +50,7 @@ class Reference:
         self.skeleton = Skeleton(source, _dtype(source, device, watcher), device)
         self.block = 0
         vocabulary = source.config.get_text_config().vocab_size
-        self._rows = rows.split(micro_rows(len(rows), rows.shape[1], vocabulary))
+        self._rows = rows.split(max(1, most_rows(rows.shape[1], vocabulary)))
         self._inputs = capture_first_inputs(self.skeleton, rows, len(self._rows[0]))
         self.skeleton.materialize_outer(head=True)
         self._after = AfterBlocks(self.skeleton, rows[:1])
