@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qtipcli.stages.backward import drawn_gradient
 from stages.fixtures import Qtip
 from stages.tiny import snapshot
 
@@ -37,13 +38,23 @@ def test_they_are_those_of_a_whole_backward_pass(hessians: Path, tiny_model: Pat
         watch(name)
     tokens = load_file(hessians / "tokens.safetensors")["tokens"]
     for batch, rows in enumerate(tokens.split(1)):
-        logits = model(input_ids=rows, use_cache=False).logits.flatten(0, 1)
-        generator = torch.Generator().manual_seed(batch)
-        drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
-        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        logits = model(input_ids=rows, use_cache=False).logits
+        logits.backward(drawn_gradient(logits.detach(), batch))
     for name in names:
         shard = load_file(hessians / f"outputs-0000{name.split('.')[2]}.safetensors")
         torch.testing.assert_close(shard[name], sums[name] / tokens.numel(), rtol=1e-3, atol=1e-7)
+
+
+def test_the_gradient_is_that_of_the_cross_entropy_of_tokens_drawn_from_the_predictions() -> None:
+    logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    found = drawn_gradient(logits.detach(), 0)
+    drawn = found.argmin(-1)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(found, logits.grad, rtol=1e-5, atol=1e-6)
+    many = drawn_gradient(logits.detach()[0, :1].expand(40_000, -1), 1).argmin(-1)
+    share = torch.bincount(many, minlength=7) / len(many)
+    # Five standard errors of a share of 40,000 draws.
+    torch.testing.assert_close(share, torch.softmax(logits.detach()[0, 0], -1), rtol=0, atol=5 * 0.5 / 200)
 
 
 def test_they_resume_to_the_same_bytes(hessians: Path, qtip: Qtip, tiny_model: Path, text: Path) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
@@ -106,10 +105,8 @@ class _Backward:
         for batch, rows in enumerate(self.batches):
             checkpoint()
             hidden = self.gradients.read(batch).to(self.skeleton.device).requires_grad_(True)
-            logits = after.logits(rows, hidden).flatten(0, 1).float()
-            generator = torch.Generator(logits.device).manual_seed((self.seed << 20) + batch)
-            drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
-            self._put_back(batch, functional.cross_entropy(logits, drawn, reduction="sum"), hidden)
+            logits = after.logits(rows, hidden)
+            self._put_back(batch, logits, hidden, drawn_gradient(logits.detach(), (self.seed << 20) + batch))
         self.skeleton.release_outer()
 
     def _put_back(self, batch: int, output: Tensor, hidden: Tensor, gradient: Tensor | None = None) -> None:
@@ -136,6 +133,19 @@ class _Backward:
         if is_missing:
             self.job.commit(output_key(index), *_outputs(prefix, *recorders))
         self.skeleton.release(index)
+
+
+def drawn_gradient(logits: Tensor, seed: int) -> Tensor:
+    """Gradient with respect to `logits` [..., V] of the sum of -log p of one token drawn from each prediction: p less 1 at it.
+
+    Drawn where the cumulated probabilities pass a uniform number. In the shape and dtype of `logits`.
+    """
+    p_NV = torch.softmax(logits.flatten(0, -2).float(), -1)
+    uniform_N = torch.rand(len(p_NV), 1, generator=torch.Generator().manual_seed(seed)).to(p_NV.device)
+    cumulated_NV = p_NV.cumsum(-1)
+    drawn_N = torch.searchsorted(cumulated_NV, uniform_N * cumulated_NV[:, -1:])
+    p_NV.scatter_add_(1, drawn_N.clamp_(max=p_NV.shape[1] - 1), torch.full_like(p_NV[:, :1], -1.0))
+    return p_NV.reshape(logits.shape).to(logits.dtype)
 
 
 def _outputs(prefix: str, fitted: OutputRecorder, heldout: OutputRecorder) -> tuple[dict[str, Tensor], dict[str, object]]:
