@@ -7,6 +7,7 @@ packed model; the uniform model's bytes; an undisturbed run.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from stages.fixtures import Qtip
 from stages.test_pipeline import kill_jobs
 from stages.tiny import FAST_OPTIONS, save_model, snapshot
 
+MATERIALS = Path(__file__).parents[3] / "shared" / "materials"
 PRESET = "description: little is measured\nallocate: {windows: 2, judge_windows: 3}\n"
 
 
@@ -251,6 +253,24 @@ def test_tuned_vectors_are_in_the_figures(quantize: Qtip, tmp_path: Path) -> Non
     tokens = RunDirectory.load(tmp_path / "h.sensitivity-3inst").read(TOKENS)[sensitivity.JUDGE_TOKENS]
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (tmp_path / "out", model)]
     assert record["measured"]["kl"][record["kept"]] == pytest.approx(plain_divergence(*models, tokens), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MATERIALS.is_dir(), reason="../shared/materials is absent")
+def test_an_average_lies_below_the_line_between_its_neighbours(qtip: Qtip, tmp_path: Path) -> None:
+    """On a real model and text, log KL over stored bits: at L = 16 it lies 20 % (2.5 bits) below the line (docs/log.md)."""
+    model = MATERIALS / "tinystories-llama-1m"
+    calibration = ("--data", MATERIALS / "tinystories-calibration.txt", "--samples", "64", "--context", "256")
+    held_out = ("--data", MATERIALS / "tinystories-heldout.txt", "--context", "256", "--windows", "32", "--json")
+    figures = {}
+    for bits in ("2", "2.5", "3"):
+        options = ("--bits", bits, "--state-bits", "10", "--hessians", "hessians", "--out", f"out-{bits}")
+        outcome = qtip("quantize", model, *calibration, *options)
+        assert outcome.status == 0, outcome.err
+        result = json.loads(qtip("eval", f"out-{bits}", "--base", model, *held_out).out)
+        figures[bits] = result["bits_per_weight"], math.log(result["kl_mean"])
+    (x0, y0), (x, y), (x1, y1) = (figures[bits] for bits in ("2", "2.5", "3"))
+    assert y < y0 + (y1 - y0) * (x - x0) / (x1 - x0) - 0.05
 
 
 def test_a_worse_allocation_is_not_kept(again: Qtip, own: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
