@@ -137,12 +137,12 @@ def _main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if asked.warm:
-            warm_up(Path(folder) / "warm")
+            warm_up(Path(folder) / "warm", asked.what)
         start = start_fork if asked.warm else start_process
         print(json.dumps(run(asked.kills, start, Path(folder), asked.seed, asked.what)))
 
 
-def warm_up(folder: Path) -> None:
+def warm_up(folder: Path, what: str) -> None:
     """Import what a run imports. Torch must have one thread (environment()), or a fork would wait for threads it lacks."""
     import numba
     import torch
@@ -158,6 +158,9 @@ def warm_up(folder: Path) -> None:
         sys.stdout, sys.stderr, kept = silence, silence, (sys.stdout, sys.stderr)
         try:
             _run(["quantize", str(model), *FAST_OPTIONS, *where])
+            if what == "allocate":  # loads the code of a dozen trellises
+                _run(["quantize", str(model), *FAST_OPTIONS, *where[:2], *where[4:], "--bits", "2.5", "--windows", "1",
+                      "--out", str(folder / "allocated")])  # fmt: skip
             # Imports what tuning imports.
             _run(["finetune", str(folder / "out"), "--data", str(text), "--context", "32", "--samples", "4", "--heldout", "1",
                   "--blocks", "--end-to-end", "--out", str(folder / "tuned")])  # fmt: skip
