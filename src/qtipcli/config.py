@@ -127,7 +127,7 @@ class QuantizeSettings(_Strict):
     search: bool = True
     fast: bool = False
     quantized_prefix: bool = True
-    two_sided: bool = False
+    two_sided: bool = True
     tune_blocks: BlockTuning | None = None
     head_bits: float | None = None
     embedding_bits: float | None = None

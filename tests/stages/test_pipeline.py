@@ -150,11 +150,13 @@ def test_a_block_transform_is_stored_and_loads(quantize: Qtip, tmp_path: Path) -
 def test_a_quantized_prefix_changes_later_blocks_and_resumes_to_the_same(quantize: Qtip, packed: Path, tmp_path: Path) -> None:
     shutil.copytree(packed / "hessians", tmp_path / "hessians")
     options = ("--hessians", "hessians", "--quantized-prefix")
+    assert quantize("--out", "plain", "--hessians", "hessians", "--original-prefix").status == 0
     assert quantize("--out", "out", *options).status == 0
-    changed, original = (load_file(where / "out" / "model.safetensors") for where in (tmp_path, packed))
-    name = "model.layers.{}.mlp.up_proj.trellis"
-    assert torch.equal(changed[name.format(0)], original[name.format(0)])
-    assert not torch.equal(changed[name.format(1)], original[name.format(1)])
+    changed, original = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    # The first layers see the original's own input; every other one sees what the rounded ones made of it.
+    assert torch.equal(changed["model.layers.0.self_attn.q_proj.trellis"], original["model.layers.0.self_attn.q_proj.trellis"])
+    for name in ("model.layers.0.self_attn.o_proj.trellis", "model.layers.1.self_attn.q_proj.trellis"):
+        assert not torch.equal(changed[name], original[name])
     oracle = snapshot(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     ledger = tmp_path / "out.job" / "ledger.jsonl"
