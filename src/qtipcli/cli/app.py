@@ -59,7 +59,9 @@ def calibrate(
     samples: options.Samples = None,
     context: options.Context = None,
     seed: options.Seed = None,
-    two_sided: Annotated[bool, typer.Option("--two-sided", help="One of each layer's outputs, too: a pass back.")] = False,
+    two_sided: Annotated[
+        bool, typer.Option("--two-sided/--one-sided", help="One of each layer's outputs, too, by one pass back.")
+    ] = True,
     head: Annotated[bool, typer.Option("--head", help="That of the head's input too; it can be added later.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
