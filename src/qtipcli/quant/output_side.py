@@ -49,9 +49,10 @@ def choose_damping(fitted_OO: torch.Tensor, heldout_OO: torch.Tensor) -> tuple[f
     if not plain > 0:
         return math.inf, 1.0
     found = {math.inf: 1.0}
+    fitted_PP = rotate_hessian(fitted_OO.to(torch.float64), signs, Transform())
     for damping in DAMPINGS:
-        turned = damp(rotate_hessian(damp(fitted_OO, damping).hessian_II, signs, Transform()), 0.0)
-        lower = block_ldl(turned.cholesky_II).to(torch.float32)
+        # A multiple of the identity is the same in every orthonormal basis.
+        lower = block_ldl(damp(fitted_PP, damping).cholesky_II).to(torch.float32)
         half = torch.linalg.solve_triangular(lower, judge_PP, upper=False)
         found[damping] = float(torch.linalg.solve_triangular(lower, half.T, upper=False).trace()) / plain
     best = min(found, key=found.__getitem__)
