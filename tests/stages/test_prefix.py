@@ -78,7 +78,12 @@ def test_moments_are_those_of_two_whole_models(
     for name in full:
         where, what = (name, "output") if place is None else (f"{BLOCK}.{place[0]}".rstrip("."), place[1])
         missing = seen(original, where, what) - seen(quantized, where, what)
-        torch.testing.assert_close(moments.missing[name], missing.T @ x_NI / len(x_NI), rtol=1e-3, atol=1e-5)
+        seen_, heldout = moments.missing[name]
+        last = slice(-TOKENS.shape[1], None)  # of five rows the last one is held out
+        for evidence, part in ((seen_, slice(None)), (heldout, last)):
+            assert evidence.tokens == len(x_NI[part])
+            torch.testing.assert_close(evidence.missing_OI, missing[part].T @ x_NI[part], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(evidence.hessian_II, x_NI[part].T @ x_NI[part], rtol=1e-3, atol=1e-3)
 
 
 def test_a_block_is_left_with_its_own_weights(tiny_model: Path, tmp_path: Path) -> None:

@@ -19,22 +19,26 @@ from qtipcli.model.inputs import BlockCall, BlockInput, capture_first_inputs, ru
 from qtipcli.model.linears import CHUNK_TOKENS
 from qtipcli.model.places import PROBE_TOKENS, Place, find_places, look, signature
 from qtipcli.model.skeleton import Skeleton
+from qtipcli.quant.correction import Evidence
 from qtipcli.stages import streams
 from qtipcli.tune.activations import Activations
+
+HELDOUT_SHARE = 8
+"""One row of text in this many decides whether a correction made of the others helps."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What a group of layers is given, and what is missing there; means over tokens, float32.
+    """What a group of layers is given, and what is missing there.
 
-    hessian_II: E[x x^T] of the group's input x. tokens: in that mean. missing: full name of a layer -> E[m x^T], [O, I], where
-    m is the original's less the quantized model's value at the place behind the layer (model.places). Empty where the streams
-    were not compared, or cannot be: an expert sees other tokens in each.
+    hessian_II: E[x x^T] of the group's input x, float32. tokens: in that mean. missing: full name of a layer -> what is missing
+    at the place behind it (model.places), on all tokens and on the held-out ones. Empty where the streams were not compared, or
+    cannot be: an expert sees other tokens in each.
     """
 
     hessian_II: Tensor
     tokens: int
-    missing: Mapping[str, Tensor]
+    missing: Mapping[str, tuple[Evidence, Evidence]]
 
 
 class Prefix:
@@ -55,6 +59,7 @@ class Prefix:
         self._skeleton, self._original, self._quantized, self._calls = skeleton, original, quantized, calls
         self._probe: BlockInput = capture_first_inputs(skeleton, row[:, :PROBE_TOKENS], 1)[0]
         self._found: dict[object, dict[str, Place]] = {}
+        self._heldout = _heldout_tokens([tuple(shape[:2]) for shape in quantized.shapes])
 
     def moments(self, index: int, names: Sequence[str], rounded: Mapping[str, Tensor]) -> Moments:
         """Of layers of block `index` that share one input; the block is materialized.
@@ -67,9 +72,10 @@ class Prefix:
         places = {name: place for name, place in self._places(index).items() if name in short}
         first = next(iter(short))
         size, device = block.get_submodule(first).in_features, self._skeleton.device
-        hessian_II = torch.zeros(size, size, device=device)
-        missing = {name: torch.zeros(block.get_submodule(name).out_features, size, device=device) for name in places}
-        tokens = 0
+        hessian_II, heldout_II = (torch.zeros(size, size, device=device) for _ in range(2))
+        rows = {name: block.get_submodule(name).out_features for name in places}
+        missing, heldout = ({name: torch.zeros(rows[name], size, device=device) for name in places} for _ in range(2))
+        tokens = heldout_tokens = 0
         for batch in range(len(self._quantized)):
             checkpoint()
             _, before = look(self._skeleton, index, streams.batch_at(self._original, self._calls, batch), first, places)
@@ -79,15 +85,25 @@ class Prefix:
             for x_NI in inputs:
                 _add(hessian_II, x_NI, x_NI)
                 tokens += len(x_NI)
-            for name, total_OI in missing.items():
-                _add(total_OI, before[name] - after[name], inputs[0])
+            if not places:
+                continue
+            kept = self._heldout[batch].to(device)
+            heldout_tokens += int(kept.sum())
+            _add(heldout_II, inputs[0][kept], inputs[0][kept])
+            for name in places:
+                difference_NO = before[name] - after[name]
+                _add(missing[name], difference_NO, inputs[0])
+                _add(heldout[name], difference_NO[kept], inputs[0][kept])
         if not all(bool(torch.isfinite(total).all()) for total in (hessian_II, *missing.values())):
             raise QtipError(
                 f"layer {names[0]} is given NaN or infinite values",
                 "the model overflows on this text: leave out this text, or quantize with --original-prefix",
             )
-        share = max(tokens, 1)
-        return Moments(hessian_II / share, tokens, {short[name]: total / share for name, total in missing.items()})
+        found = {
+            short[name]: (Evidence(hessian_II, missing[name], tokens), Evidence(heldout_II, heldout[name], heldout_tokens))
+            for name in places
+        }
+        return Moments(hessian_II / max(tokens, 1), tokens, found)
 
     def advance(self, index: int, rounded: Mapping[str, Tensor]) -> None:
         """Take both streams through block `index`, which is materialized."""
@@ -111,6 +127,15 @@ class Prefix:
         if kind not in self._found:
             self._found[kind] = find_places(self._skeleton, index, self._probe)
         return self._found[kind]
+
+
+def _heldout_tokens(shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """For batches of these [rows, context], which of their tokens are held out: those of every eighth row, or of the last."""
+    count = sum(rows for rows, _ in shapes)
+    share = min(HELDOUT_SHARE, count)
+    held = torch.arange(count) % share == share - 1 if count > 1 else torch.zeros(count, dtype=torch.bool)
+    parts = held.split([rows for rows, _ in shapes])
+    return [part.repeat_interleave(context) for part, (_, context) in zip(parts, shapes, strict=True)]
 
 
 def _add(sum_JI: Tensor, y_NJ: Tensor, x_NI: Tensor) -> None:

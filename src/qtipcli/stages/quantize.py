@@ -153,7 +153,7 @@ class _Quantizer:
             hessian_II = matrix.hessian(self.calibration).to(weight.device)
             even = self._round({name: weight / size_O[:, None]}, hessian_II)[name]
             packed = with_row_sizes(even, size_O)
-            report = self._report(name, packed, matrix.stand_in(), corrected=False) | matrix.report()
+            report = self._report(name, packed, matrix.stand_in(), math.inf) | matrix.report()
             tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
             self._announce(name, report, time.monotonic() - started)
             self.job.commit(matrix.key, tensors, {"layers": {name: report}, "left": matrix.left()})
@@ -210,15 +210,16 @@ class _Quantizer:
                 continue
             started = time.monotonic()
             weights = {name: linears[name].weight for name in chosen}
+            corrections: dict[str, float] = {}
             for name, weight in weights.items():
                 check_finite(f"{name}.weight", weight)
                 if name in moments.missing:
-                    weights[name] = corrected(weight, moments.hessian_II, moments.missing[name])
+                    weights[name], corrections[name] = corrected(weight, *moments.missing[name])
             packed = self._round(weights, moments.hessian_II, self._outputs(index, chosen))
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
-                layers[name] = self._report(name, matrix, linears[name], name in moments.missing)
+                layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
                 self._announce(name, layers[name], seconds)
                 if prefix is not None:
                     layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
@@ -289,8 +290,8 @@ class _Quantizer:
         lut = self._lut(self._spec(name))
         return stored if lut is None else stored | {"lut": lut}
 
-    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear, corrected: bool) -> dict[str, Any]:
-        """What the ledger keeps of a layer; nothing in it depends on the clock."""
+    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear, correction: float) -> dict[str, Any]:
+        """What the ledger keeps of a layer; nothing in it depends on the clock. correction: its damping, infinite for none."""
         spec = self._spec(name)
         return {
             "code": spec.code,
@@ -305,7 +306,7 @@ class _Quantizer:
             "scale": matrix.scale,
             "damping": matrix.damping,
             "dead_inputs": matrix.dead_inputs,
-            "corrected": corrected,
+            "correction_damping": correction if math.isfinite(correction) else None,
             "divergence": matrix.divergence,
         }
 
