@@ -137,9 +137,11 @@ def _calibrate(
             watcher.note(f"the Hessians in {directory} are used")
             lacks_head = head and not found.done(calibrate.HEAD)
             lacks_outputs = two_sided and not calibrate.has_output_side(found)
+            if lacks_head:
+                watcher.note(f"that of the head's input is added to {directory}")
+            if lacks_outputs:
+                watcher.note(f"those of layers' outputs are added to {directory}")
             if lacks_head or lacks_outputs:
-                added = ["that of the head's input"] * lacks_head + ["those of layers' outputs"] * lacks_outputs
-                watcher.note(f"{' and '.join(added)} are added to {directory}")
                 calibrate.add(source, directory, watcher, head, two_sided)
             return
     try:
