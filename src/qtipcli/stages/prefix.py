@@ -77,7 +77,6 @@ class Prefix:
         missing, heldout = ({name: torch.zeros(rows[name], size, device=device) for name in places} for _ in range(2))
         tokens = heldout_tokens = 0
         for batch in range(len(self._quantized)):
-            checkpoint()
             _, before = look(self._skeleton, index, streams.batch_at(self._original, self._calls, batch), first, places)
             with _replaced(block, prefix, rounded):
                 quantized = streams.batch_at(self._quantized, self._calls, batch)
