@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from qtipcli.cli.main import _run
-from stages.tiny import FAST_OPTIONS, save_model, save_text
+from stages.tiny import FAST_OPTIONS, one_thread, save_model, save_text
 
 
 class Outcome(NamedTuple):
@@ -30,10 +29,8 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}.get(name, "1"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture
@@ -87,5 +84,6 @@ def packed(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     """A directory in which the tiny model was quantized to `out`, with `out.job` and `hessians` beside it; read only."""
     where = tmp_path_factory.mktemp("packed")
     command = ["quantize", tiny_model, *FAST_OPTIONS, "--data", text, "--out", where / "out", "--hessians", where / "hessians"]
-    assert _run([str(part) for part in command]) == 0
+    with one_thread():
+        assert _run([str(part) for part in command]) == 0
     return where

@@ -21,7 +21,7 @@ from qtipcli.nn.swap import packed_modules
 from qtipcli.stages import calibrate, pack, quantize
 from qtipcli.stages.progress import Silent
 from stages.fixtures import Qtip
-from stages.tiny import FAST_OPTIONS, VOCABULARY, logits, logits_of, save_model, snapshot
+from stages.tiny import FAST_OPTIONS, VOCABULARY, logits, logits_of, one_thread, save_model, snapshot
 
 SIZES = {"vocab_size": VOCABULARY + 3, "hidden_size": 48, "head_dim": 16}
 KINDS = {"untied": "qwen2", "tied": "llama"}
@@ -46,7 +46,8 @@ def done(kind: str, model: Path, text: Path, tmp_path_factory: pytest.TempPathFa
 
     where = tmp_path_factory.mktemp("done")
     said = ["--data", text, "--out", where / "out", "--hessians", where / "hessians"]
-    assert _run([str(part) for part in ("quantize", model, *FAST_OPTIONS, *OPTIONS[kind], *said)]) == 0
+    with one_thread():
+        assert _run([str(part) for part in ("quantize", model, *FAST_OPTIONS, *OPTIONS[kind], *said)]) == 0
     return where
 
 

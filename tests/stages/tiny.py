@@ -5,9 +5,11 @@ Two blocks of width 64, untrained, with the demo model's tokenizer: a whole run 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,17 @@ def save_model(kind: str, directory: Path, changes: dict[str, Any] | None = None
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_MODEL / file, directory / file)
     return directory
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch sums in one order: jobs that are compared byte by byte must have run with as many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def save_text(path: Path) -> Path:
