@@ -160,10 +160,20 @@ def test_without_a_launcher_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> 
         assert group.broadcast("same") == "same"
 
 
-def test_processes_that_accelerate_takes_for_lone_ones_are_refused() -> None:
+def test_processes_that_accelerate_takes_for_lone_ones_are_refused(tmp_path: Path) -> None:
     """What torchrun without ACCELERATE_USE_CPU=true gives where no GPU is, if the state was made without `cpu`."""
 
     def work(rank: int) -> None:
+        try:
+            refused(rank)
+        finally:
+            (tmp_path / str(rank)).touch()
+            # The first process serves the store that the other one may still be asking.
+            deadline = time.monotonic() + 30
+            while rank == 0 and not (tmp_path / "1").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def refused(rank: int) -> None:
         assert PartialState().num_processes == 1
         with pytest.raises(SettingsError, match="2 processes were started, but accelerate's state has 1"), together():
             raise AssertionError

@@ -148,7 +148,7 @@ def _serve(request: dict[str, Any]) -> Ended:
 def _main() -> None:
     folder = Path(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    warm_up(folder)
+    warm_up(folder, "finetune")
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))._asdict()), file=answers, flush=True)

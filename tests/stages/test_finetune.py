@@ -209,9 +209,12 @@ def test_the_course_of_the_loss_is_written(tune: Qtip, tmp_path: Path) -> None:
 
 def test_blocks_are_tuned_as_they_are_rounded(quantize: Qtip, packed: Path, qtip: Qtip, tmp_path: Path) -> None:
     shutil.copytree(packed / "hessians", tmp_path / "hessians")
-    options = ("--hessians", "hessians", "--quantized-prefix", "--tune-blocks")
+    # At one bit, so that there is something left to tune after layers were corrected.
+    options = ("--hessians", "hessians", "--quantized-prefix", "--bits", "1")
+    assert quantize("--out", "plain", *options).status == 0
+    options = (*options, "--tune-blocks")
     assert quantize("--out", "out", *options).status == 0
-    tuned, plain = (load_file(where / "out" / "model.safetensors") for where in (tmp_path, packed))
+    tuned, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
     name = "model.layers.{}.mlp.up_proj.{}"
     assert torch.equal(tuned[name.format(0, "trellis")], plain[name.format(0, "trellis")])
     assert not torch.equal(tuned[name.format(0, "scale_out")], plain[name.format(0, "scale_out")])
