@@ -17,6 +17,12 @@ from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Silent
 
 BLOCK = "model.layers.1"
+GROUPS = [
+    [f"{BLOCK}.self_attn.{name}_proj" for name in "qkv"],
+    [f"{BLOCK}.self_attn.o_proj"],
+    [f"{BLOCK}.mlp.gate_proj", f"{BLOCK}.mlp.up_proj"],
+    [f"{BLOCK}.mlp.down_proj"],
+]
 TOKENS = torch.randint(1, 3072, (5, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -26,14 +32,15 @@ def changed(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]
     return {name: weight + 0.05 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
-def at_second_block(model: Path, tmp_path: Path, first_block: dict[str, torch.Tensor]) -> Prefix:
+def at_second_block(model: Path, tmp_path: Path, first_block: dict[str, torch.Tensor], memory_gib: float = 1.0) -> Prefix:
     skeleton = Skeleton(ModelSource.open(model))
     both, calls = streams.start(skeleton, TOKENS.split(2), ("original", "quantized"), tmp_path, 1.0, Silent())
-    prefix = Prefix(skeleton, *both, calls, TOKENS[:1])
+    prefix = Prefix(skeleton, *both, calls, TOKENS[:1], tmp_path, memory_gib)
     skeleton.materialize(0)
     prefix.advance(0, first_block)
     skeleton.release(0)
     skeleton.materialize(1)
+    prefix.enter(1, GROUPS)
     return prefix
 
 
@@ -74,7 +81,7 @@ def test_moments_are_those_of_two_whole_models(
     x_NI = seen(quantized, full[0], "input")
     assert moments.tokens == len(x_NI) == TOKENS.numel()
     torch.testing.assert_close(moments.hessian_II, x_NI.T @ x_NI / len(x_NI), rtol=1e-4, atol=1e-5)
-    assert list(moments.missing) == full
+    assert sorted(moments.missing) == sorted(full)
     for name in full:
         where, what = (name, "output") if place is None else (f"{BLOCK}.{place[0]}".rstrip("."), place[1])
         missing = seen(original, where, what) - seen(quantized, where, what)
@@ -100,3 +107,31 @@ def test_an_overflow_names_the_layer_and_the_remedy(tiny_model: Path, tmp_path: 
     prefix._quantized.write(0, prefix._quantized.read(0) * float("inf"))
     with pytest.raises(QtipError, match=r"layer model\.layers\.1\.self_attn\.q_proj is given NaN or infinite values"):
         prefix.moments(1, [f"{BLOCK}.self_attn.q_proj"], {})
+
+
+def test_what_is_kept_in_files_is_what_is_kept_in_memory(tiny_model: Path, tmp_path: Path) -> None:
+    in_memory, in_files = (at_second_block(tiny_model, tmp_path, {}, memory_gib) for memory_gib in (1.0, 0.0))
+    assert [stream._path for stream in in_memory._kept.values()] == [None] * 4
+    assert all(stream._path is not None for stream in in_files._kept.values())
+    for names in GROUPS:
+        one, other = (prefix.moments(1, names, {}) for prefix in (in_memory, in_files))
+        assert torch.equal(one.hessian_II, other.hessian_II)
+        for name in names:
+            assert all(
+                torch.equal(a.missing_OI, b.missing_OI) for a, b in zip(one.missing[name], other.missing[name], strict=True)
+            )
+    in_files.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_streams_advance_alike_whether_the_block_was_entered_or_not(tiny_model: Path, tmp_path: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    rounded = changed(original, [f"{BLOCK}.self_attn.q_proj"])
+    entered, passed = (at_second_block(tiny_model, tmp_path, {}) for _ in range(2))
+    passed._forget()
+    for prefix in (entered, passed):
+        prefix.advance(1, rounded)
+    for batch in range(len(entered._original)):
+        assert torch.equal(entered._original.read(batch), passed._original.read(batch))
+        assert torch.equal(entered._quantized.read(batch), passed._quantized.read(batch))
+    assert not torch.equal(entered._original.read(0), entered._quantized.read(0))

@@ -7,7 +7,7 @@ architecture is known: noise is added to the output, and a place qualifies that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ OUTPUT = ""
 """The place that is the block's output."""
 
 Place = str | None
-"""The input of the module of that name; OUTPUT; None for the linear's own output."""
+"""The input of the module of that name; OUTPUT; None where nothing is added to the linear's own output."""
 
 
 class _Enough(Exception):  # noqa: N818 - it says that a point was reached, not that something is wrong
@@ -50,7 +50,9 @@ def find_places(skeleton: Skeleton, index: int, probe: BlockInput) -> dict[str, 
         noise = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0)).to(outputs[0])
         noise = noise * outputs[0].std().clamp(min=1e-6)
         noisy = _Trace(skeleton, index, probe, name, noise)
-        found[name] = next((place for place in reversed(plain.order) if _moves(plain, noisy, place, noise)), None)
+        place = next((place for place in reversed(plain.order) if _moves(plain, noisy, place, noise)), None)
+        is_own = place is None or torch.equal(plain.at[place].flatten(0, -2), outputs[0].flatten(0, -2))
+        found[name] = None if is_own else place
     return found
 
 
@@ -116,45 +118,46 @@ def _hook(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 
 
 def look(
-    skeleton: Skeleton, index: int, one_input: BlockInput, first: str, places: Mapping[str, Place]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+    skeleton: Skeleton, index: int, one_input: BlockInput, linears: Sequence[str], places: Collection[str], once: bool = True
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """One run of block `index`, ended as soon as all is seen.
 
-    Returns ([N, I] for every call of the linear `first`, or for the first one where that is all there is to see;
-    linear -> [N, O] at its place, for each of `places`).
+    once: each linear is called once, so that nothing more is to be waited for after that.
+    Returns (linear -> [N, I] of each of its calls, for each of `linears`; place -> [N, O], for each of `places`).
     """
     block = skeleton.blocks[index][1]
-    inputs: list[Tensor] = []
+    inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
     behind: dict[str, Tensor] = {}
 
-    def see(tensor: Tensor, name: str | None) -> None:
-        rows = tensor.reshape(-1, tensor.shape[-1]).clone()  # a module may write to what it is given
-        if name is None:
-            inputs.append(rows)
-        else:
-            behind[name] = rows
-        if places and inputs and len(behind) == len(places):
+    def see_input(name: str, tensor: Tensor) -> None:
+        inputs[name].append(_rows(tensor).clone())  # a module may write to what it is given
+        end_if_seen()
+
+    def see_place(name: str, tensor: Tensor) -> None:
+        behind[name] = _rows(tensor).clone()
+        end_if_seen()
+
+    def end_if_seen() -> None:
+        if once and all(inputs.values()) and len(behind) == len(places):
             raise _Enough
 
-    def before(name: str | None) -> Callable[..., None]:
-        return lambda _, args, kwargs: see(_first_tensor(args, kwargs), name)
-
-    def after(name: str) -> Callable[..., None]:
-        return lambda _, args, output: see(output, name)
+    def before(see: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: see(name, _first_tensor(args, kwargs))
 
     with contextlib.ExitStack() as stack:
-        watched = block.get_submodule(first)
-        stack.enter_context(_hook(watched.register_forward_pre_hook(before(None), with_kwargs=True)))
-        for name, place in places.items():
-            if place is None:
-                stack.enter_context(_hook(block.get_submodule(name).register_forward_hook(after(name))))
-            elif place != OUTPUT:
-                reached = block.get_submodule(place)
-                stack.enter_context(_hook(reached.register_forward_pre_hook(before(name), with_kwargs=True)))
+        for see, names in ((see_input, linears), (see_place, [place for place in places if place != OUTPUT])):
+            for name in names:
+                reached = block.get_submodule(name)
+                stack.enter_context(_hook(reached.register_forward_pre_hook(before(see, name), with_kwargs=True)))
         with contextlib.suppress(_Enough):
-            output = run_block(skeleton, index, one_input).to(skeleton.device)
-            behind |= {name: output.reshape(-1, output.shape[-1]) for name, place in places.items() if place == OUTPUT}
+            output = run_block(skeleton, index, one_input)
+            if OUTPUT in places:
+                behind[OUTPUT] = _rows(output.to(skeleton.device))
     return inputs, behind
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _first_tensor(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor | None:

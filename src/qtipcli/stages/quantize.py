@@ -137,7 +137,7 @@ class _Quantizer:
         batches = tokens.split(max(1, calibrate.BATCH_TOKENS // tokens.shape[1]))
         names = ("original", "quantized")
         both, calls = streams.start(self.skeleton, batches, names, self.job.path, streams.DEFAULT_MEMORY_GIB, self.watcher)
-        return Prefix(self.skeleton, *both, calls, tokens[:1])
+        return Prefix(self.skeleton, *both, calls, tokens[:1], self.job.path)
 
     def run_outer(self) -> None:
         """Round what lies outside the blocks, one matrix in memory at a time."""
@@ -199,7 +199,10 @@ class _Quantizer:
         layers: dict[str, Any] = {}
         left: dict[str, str] = {}
         rounded: dict[str, torch.Tensor] = {}
-        for names in [group["names"] for group in self.calibration.report(block_key(index))["groups"]]:
+        groups = [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
+        if prefix is not None:
+            prefix.enter(index, groups)
+        for names in groups:
             chosen = [name for name in names if not _matches(name, self.settings.skip)]
             left |= {name: "skipped by the settings" for name in names if name not in chosen}
             if not chosen:

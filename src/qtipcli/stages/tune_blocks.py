@@ -75,7 +75,7 @@ class BlockTuner:
         most_rows = MICRO_TOKENS // tokens.shape[1]
         self._share = share_of(tokens, heldout, settings.batch, most_rows, processes.rank, processes.world)
         self._heldout_rows = heldout
-        self._row = tokens[:1]
+        self._row, self._directory, self._memory_gib = tokens[:1], directory, memory_gib
         names = (f"original-{processes.rank}", f"quantized-{processes.rank}")
         both, self._calls = streams.start(skeleton, self._share.pieces, names, directory, memory_gib, watcher)
         self.original, self.quantized = both
@@ -83,7 +83,7 @@ class BlockTuner:
     @cached_property
     def prefix(self) -> Prefix:
         """Both streams as the next block gets them."""
-        return Prefix(self.skeleton, self.original, self.quantized, self._calls, self._row)
+        return Prefix(self.skeleton, self.original, self.quantized, self._calls, self._row, self._directory, self._memory_gib)
 
     def tune(
         self, index: int, layers: Mapping[str, TrellisLinear], others: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
