@@ -116,7 +116,6 @@ class Prefix:
         places = sorted(set(group.places.values()))
         with _replaced(block, prefix, rounded):
             for batch in range(len(self._quantized)):
-                checkpoint()
                 one_input = streams.batch_at(self._quantized, self._calls, batch)
                 given, behind = look(self._skeleton, index, one_input, [group.first], places, once=group.is_compared)
                 inputs = given[group.first]
