@@ -4,7 +4,7 @@ BIN := .venv/bin
 REPORT ?= docs/benchmarks
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-gpu check fix bench
+.PHONY: setup demo test test-slow test-gpu check fix docs bench
 
 setup: .venv/ready
 
@@ -35,6 +35,8 @@ check: setup
 fix: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+docs: setup
+	$(BIN)/python docs/commands.py
 
 bench: setup
 	mkdir -p docs/benchmarks

@@ -135,3 +135,17 @@ def test_both_streams_advance_alike_whether_the_block_was_entered_or_not(tiny_mo
         assert torch.equal(entered._original.read(batch), passed._original.read(batch))
         assert torch.equal(entered._quantized.read(batch), passed._quantized.read(batch))
     assert not torch.equal(entered._original.read(0), entered._quantized.read(0))
+
+
+def test_layers_that_are_called_more_than_once_are_not_compared(tiny_model: Path, tmp_path: Path) -> None:
+    """As experts are; here the whole MLP runs again on twice its input."""
+    prefix = at_second_block(tiny_model, tmp_path, {})
+    mlp = prefix._skeleton.blocks[1][1].mlp
+    once = prefix.moments(1, GROUPS[2], {})
+    mlp.register_forward_hook(lambda module, args, output: output + module.forward(2 * args[0]))
+    prefix._found.clear()
+    prefix.enter(1, GROUPS)
+    twice = prefix.moments(1, GROUPS[2], {})
+    assert (twice.tokens, twice.missing) == (2 * once.tokens, {})
+    torch.testing.assert_close(twice.hessian_II, 2.5 * once.hessian_II, rtol=1e-5, atol=1e-6)  # (1 + 4) / 2
+    assert prefix.moments(1, GROUPS[0], {}).missing.keys() == set(GROUPS[0])
