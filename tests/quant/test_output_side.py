@@ -54,16 +54,19 @@ def test_an_infinite_damping_leaves_the_mean_of_the_diagonal() -> None:
 
 
 def both_losses(outputs: dict[str, OutputHessian] | None) -> tuple[float, float]:
-    """(the stored matrix's tr(H_out E H E^T) / 2 as reported, or by one-sided rounding's matrix; its relative proxy loss)."""
-    matrix = round_group({"a": gaussian(64, 48)}, correlated_hessian(48), {"a": SPEC}, SETTINGS, {"a": None}, outputs)["a"]
+    """(the stored matrix's tr(H_out E H E^T) / 2 as reported; its relative proxy loss), without the refit."""
+    settings = replace(SETTINGS, refit=False, search=True)  # the refit weighs outputs as well
+    fine = replace(SPEC, bits_per_step=4)
+    matrix = round_group({"a": gaussian(64, 48)}, correlated_hessian(48), {"a": fine}, settings, {"a": None}, outputs)["a"]
     return matrix.divergence, matrix.relative_proxy_loss
 
 
 def test_two_sided_rounding_lowers_what_it_weighs() -> None:
+    """By what feedback does to white rounding noise, which that of a fine code nearly is: .31, and .37 is found."""
     hessian = correlated_hessian(64, seed=5)
     two_sided, proxy = both_losses({"a": OutputHessian(hessian, 1e-2)})
     one_sided, plain_proxy = both_losses({"a": OutputHessian(hessian, math.inf)})
-    assert two_sided < 0.7 * one_sided
+    assert two_sided < 1.25 * choose_damping(hessian, hessian)[1] * one_sided
     assert plain_proxy < proxy
 
 
