@@ -1,0 +1,159 @@
+"""Owns evaluation block by block: a model's logits with one decoder block in memory at a time, and when that is the way to go.
+
+All windows go through a block before the next one is loaded. What the last block returns is kept, in memory or in a file, and
+final norm and head, which stay in memory, make a window's logits of it. Plain and packed models alike: a packed model's blocks
+hold packed layers, as they do in the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtipcli.data.windows import Windows
+from qtipcli.errors import QtipError
+from qtipcli.hub.config import METHOD, QtipConfig
+from qtipcli.hub.quantizer import QtipHfQuantizer
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import CONFIG_FILE, ModelSource
+from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, Logits, ModelLogits, check_fits, device_name
+from qtipcli.stages.load import default_device, load_model
+from qtipcli.stages.progress import Watcher
+from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
+from qtipcli.stages.teacher import Teacher
+
+WEIGHTS_SHARE = 0.8
+"""Of the free memory, that whole models may take: the rest is for logits and what flows between blocks."""
+
+Opened = Callable[[Windows, str], Logits]
+"""A model that is ready: windows, and what to call the work on them -> its logits on them."""
+
+
+class StreamedLogits(Logits):
+    """Logits of a model of which one block is in memory at a time; see evaluate.Logits.
+
+    Args:
+        skeleton: the model; no other StreamedLogits of it may be open.
+        windows: as evaluation_windows makes them.
+        watcher: hears of each block, under `title`.
+        memory_gib: hidden states beyond this go to a file in the temporary directory (TMPDIR), which has no name.
+
+    Raises what evaluate.ModelLogits raises, StorageError, and QtipError where the blocks form no chain.
+    """
+
+    placement = BLOCK_BY_BLOCK
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows: Windows,
+        watcher: Watcher,
+        title: str = "stream",
+        memory_gib: float = DEFAULT_MEMORY_GIB,
+    ) -> None:
+        check_fits(skeleton.model.config, windows)
+        self.dtype, self.device = str(skeleton.dtype).removeprefix("torch."), device_name(skeleton.device)
+        batches = list(windows.tokens.split(1))
+        with tempfile.TemporaryDirectory(prefix="qtip-eval-") as directory, torch.no_grad():
+            self._end = Teacher(skeleton, batches, Path(directory), watcher, memory_gib, title=title)
+
+    def logits(self, index: int) -> Tensor:
+        """See Logits."""
+        return self._end.logits(index)[0, :-1]
+
+    def close(self) -> None:
+        """Give memory and files back."""
+        self._end.close()
+
+
+def open_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool, stream: bool, watcher: Watcher) -> Opened:
+    """The model, whole or block by block; dtype as in load_model. Raises what load_model and open_skeleton raise."""
+    if not stream:
+        model = load_model(name, dtype, trust_remote_code)
+        return lambda windows, title: ModelLogits(model, windows)
+    skeleton = open_skeleton(name, dtype, trust_remote_code)
+    for note in skeleton.notes:
+        watcher.note(f"{name}: {note}")
+    return lambda windows, title: StreamedLogits(skeleton, windows, watcher, title)
+
+
+def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Skeleton:
+    """A plain or packed model without its weights, on the default device; dtype as in load_model.
+
+    Raises QtipError where it is quantized by another method, and what ModelSource.open and Skeleton raise.
+    """
+    source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
+    device = default_device()
+    stated = getattr(source.config.get_text_config(), "dtype", None) or torch.float32
+    chosen = dtype or (stated if device.type == "cuda" else torch.float32)
+    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8")).get("quantization_config")
+    if fields is None:
+        return Skeleton(source, chosen, device)
+    quantizer = QtipHfQuantizer(QtipConfig(**fields))
+    return Skeleton(source, chosen, device, lambda model: quantizer.place_modules(model, source.shards))
+
+
+def must_stream(
+    names: list[str], dtype: torch.dtype | None, trust_remote_code: bool, asked: bool | None, watcher: Watcher
+) -> bool:
+    """Whether models that would be in memory together are to be evaluated block by block.
+
+    asked: what the user said; None streams where they would take more than WEIGHTS_SHARE of the free memory, and says so.
+    """
+    if asked is not None:
+        return asked
+    device = default_device()
+    free = free_bytes(device)
+    try:
+        needed = sum(weight_bytes(name, dtype, trust_remote_code, device) for name in names)
+    except QtipError:  # a format that only transformers reads: there is no other way than to load it
+        return False
+    if needed <= WEIGHTS_SHARE * free:
+        return False
+    watcher.note(
+        f"{' and '.join(names)} would take {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are free: evaluated block by "
+        "block, one decoder block in memory (--no-stream loads whole models)"
+    )
+    return True
+
+
+def weight_bytes(name: str, dtype: torch.dtype | None, trust_remote_code: bool, device: torch.device) -> int:
+    """What the model's weights take in memory in load_model's dtype, from headers alone. Raises what ModelSource.open raises."""
+    source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
+    chosen = dtype or (None if device.type == "cuda" else torch.float32)
+    packed = {key.removesuffix("trellis") for key in source.tensor_names if key.endswith(".trellis")}
+    total = 0
+    for key in source.tensor_names:
+        stored = source.dtype(key)
+        is_packed = key[: key.rfind(".") + 1] in packed
+        kept = stored if is_packed or chosen is None or not stored.is_floating_point else chosen
+        total += torch.Size(source.shape(key)).numel() * kept.itemsize
+    return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process may still take there: on a CPU within what the machine and the control group have left."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    status = Path("/proc/meminfo").read_text(encoding="ascii")
+    free = int(re.search(r"MemAvailable:\s+(\d+) kB", status)[1]) * 1024
+    return min([free, *_group_free()])
+
+
+def _group_free(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Free bytes within the control group's limit, where it has one (the kernel's cgroup-v2 document: memory.max)."""
+    try:
+        limit = (root / "memory.max").read_text(encoding="ascii").strip()
+        used = int((root / "memory.current").read_text(encoding="ascii"))
+        counted = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return []
+    # Pages of files that were read count as used, and go when memory is wanted.
+    return [] if limit == "max" else [int(limit) - used + int(counted.get("inactive_file", 0))]
