@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from qtipcli.hub.quantizer import QtipHfQuantizer
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import CONFIG_FILE, ModelSource
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, Logits, ModelLogits, check_fits, device_name
-from qtipcli.stages.load import default_device, load_model
+from qtipcli.stages.load import computing_dtype, default_device, load_model
 from qtipcli.stages.progress import Watcher
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.teacher import Teacher
@@ -31,15 +31,15 @@ from qtipcli.stages.teacher import Teacher
 WEIGHTS_SHARE = 0.8
 """Of the free memory, that whole models may take: the rest is for logits and what flows between blocks."""
 
-Opened = Callable[[Windows, str], Logits]
-"""A model that is ready: windows, and what to call the work on them -> its logits on them."""
+Opened = Callable[[Windows], Logits]
+"""A model that is ready: windows -> its logits on them."""
 
 
 class StreamedLogits(Logits):
     """Logits of a model of which one block is in memory at a time; see evaluate.Logits.
 
     Args:
-        skeleton: the model; no other StreamedLogits of it may be open.
+        skeleton: the model; it belongs to this object from now on.
         windows: as evaluation_windows makes them.
         watcher: hears of each block, under `title`.
         memory_gib: hidden states beyond this go to a file in the temporary directory (TMPDIR), which has no name.
@@ -76,11 +76,15 @@ def open_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool, st
     """The model, whole or block by block; dtype as in load_model. Raises what load_model and open_skeleton raise."""
     if not stream:
         model = load_model(name, dtype, trust_remote_code)
-        return lambda windows, title: ModelLogits(model, windows)
-    skeleton = open_skeleton(name, dtype, trust_remote_code)
-    for note in skeleton.notes:
-        watcher.note(f"{name}: {note}")
-    return lambda windows, title: StreamedLogits(skeleton, windows, watcher, title)
+        return lambda windows: ModelLogits(model, windows)
+
+    def streamed(windows: Windows) -> Logits:
+        skeleton = open_skeleton(name, dtype, trust_remote_code)
+        for note in skeleton.notes:
+            watcher.note(f"{name}: {note}")
+        return StreamedLogits(skeleton, windows, watcher, f"stream {name}")
+
+    return streamed
 
 
 def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Skeleton:
@@ -89,9 +93,7 @@ def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code
     Raises QtipError where it is quantized by another method, and what ModelSource.open and Skeleton raise.
     """
     source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
-    device = default_device()
-    stated = getattr(source.config.get_text_config(), "dtype", None) or torch.float32
-    chosen = dtype or (stated if device.type == "cuda" else torch.float32)
+    device, chosen = default_device(), computing_dtype(source.config, dtype)
     fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8")).get("quantization_config")
     if fields is None:
         return Skeleton(source, chosen, device)
@@ -100,9 +102,9 @@ def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code
 
 
 def must_stream(
-    names: list[str], dtype: torch.dtype | None, trust_remote_code: bool, asked: bool | None, watcher: Watcher
+    models: Sequence[tuple[str, torch.dtype | None]], trust_remote_code: bool, asked: bool | None, watcher: Watcher
 ) -> bool:
-    """Whether models that would be in memory together are to be evaluated block by block.
+    """Whether models (name, dtype as in load_model) that would be in memory together are to be evaluated block by block.
 
     asked: what the user said; None streams where they would take more than WEIGHTS_SHARE of the free memory, and says so.
     """
@@ -111,13 +113,14 @@ def must_stream(
     device = default_device()
     free = free_bytes(device)
     try:
-        needed = sum(weight_bytes(name, dtype, trust_remote_code, device) for name in names)
+        needed = sum(weight_bytes(name, dtype, trust_remote_code, device) for name, dtype in models)
     except QtipError:  # a format that only transformers reads: there is no other way than to load it
         return False
     if needed <= WEIGHTS_SHARE * free:
         return False
+    names = " and ".join(dict.fromkeys(name for name, _ in models))
     watcher.note(
-        f"{' and '.join(names)} would take {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are free: evaluated block by "
+        f"{names} would take {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are free: evaluated block by "
         "block, one decoder block in memory (--no-stream loads whole models)"
     )
     return True

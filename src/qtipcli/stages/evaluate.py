@@ -142,6 +142,9 @@ class Logits(ABC):
     def logits(self, index: int) -> torch.Tensor:
         """Of the predictions that count in window `index`, [context - 1, vocabulary], in any dtype, on any device."""
 
+    def close(self) -> None:  # noqa: B027, most have nothing to give back
+        """Give memory and files back; no logits are asked for afterwards."""
+
 
 class ModelLogits(Logits):
     """Logits computed whenever they are asked for.
