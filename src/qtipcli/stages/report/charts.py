@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qtipcli.stages.figures import text_of
-from qtipcli.stages.plot_comparison import Box, place
+from qtipcli.stages.plot_comparison import Box, place, sampled
 from qtipcli.stages.report.layers import Layer, kinds_of
 from qtipcli.stages.report.svg import Picture, Scale, shortened, text_width, tick_text
 
@@ -19,12 +19,12 @@ WIDE, NARROW = 720.0, 340.0
 
 MARKS = (
     ("kl_median", "median"), ("kl_mean", "mean"), ("kl_p99", "99 %"), ("kl_p999", "99.9 %"), ("kl_max", "max"),
-    ("kl_noise_floor", "noise floor"),
 )  # fmt: skip
+FLOOR = ("kl_noise_floor", "noise floor")
 ROW = 14.0
 """Pixels from one line of labels to the next."""
 
-PANEL_WIDTH, PANEL_HEIGHT = 224.0, 132.0
+PANEL_WIDTH, PANEL_HEIGHT = 168.0, 122.0
 CELL_HEIGHT = 20.0
 CELL_NUMBER_WIDTH = 27.0
 """A cell of the table of bits has its number written into it from this width on."""
@@ -47,9 +47,15 @@ def histogram(row: dict[str, Any], width: float, span: tuple[float, float] | Non
     low, high = span or kl_span([row])
     left, right, bottom = 44.0, 10.0, 40.0
     x = Scale(low, high, left, width - right, log=True)
-    marks = [(name, row[key]) for key, name in MARKS if row.get(key)]
-    labels = _stacked([(x(max(value, low)), f"{name} {text_of(value)}") for name, value in marks], left, width - right)
-    top = 10 + ROW * (1 + max((line for _, _, line, _ in labels), default=0))
+    marks = [(x(max(row[key], low)), f"{name} {text_of(row[key])}") for key, name in MARKS if row.get(key)]
+    labels = _stacked(marks, width - right)
+    lines = 1 + max((line for _, _, line, _ in labels), default=0)
+    floor = row.get(FLOOR[0]) or 0
+    if floor >= low:
+        # It lies far to the left of all others: above them its label meets none of them.
+        labels.append((x(floor), f"{FLOOR[1]} {text_of(floor)}", lines, "start"))
+    lines += floor >= low
+    top = 10 + ROW * lines
     height = top + (170 if width > NARROW else 140) + bottom
     shares = [count / row["tokens"] for count in counts]
     y = Scale(0, max([*shares, 1e-12]), height - bottom, top + 6)
@@ -63,9 +69,11 @@ def histogram(row: dict[str, Any], width: float, span: tuple[float, float] | Non
             hint = f"{tick_text(start)} to {tick_text(end)} nats: {count:,} tokens, {100 * share:.3g} %"
             picture.box(x(start) + 0.5, y(share), x(end) - x(start) - 1, y(0) - y(share), "bar", hint)
     _bottom_axis(picture, x, height - bottom, left, width - right, "KL of a token, in nats, log scale")
+    if 0 < floor < low:
+        picture.text(left, 12, f"← {FLOOR[1]} {text_of(floor)}", "noise-label")
     for at, text, line, anchor in labels:
         level = top - 4 - ROW * line
-        kind = "noise" if text.startswith("noise") else "mark"
+        kind = "noise" if text.startswith(FLOOR[1]) else "mark"
         picture.line(at, level - 4, at, height - bottom, kind)
         picture.text(at + (4 if anchor == "start" else -4), level, text, f"{kind}-label", anchor)
     return picture
@@ -100,7 +108,7 @@ def losses(layers: list[Layer]) -> list[str]:
 
 def _panel(kind: str, layers: list[Layer], x: Scale, y: Scale, middle: float, worst: Layer) -> Picture:
     picture = Picture(PANEL_WIDTH, PANEL_HEIGHT, f"Relative proxy loss of {kind} by block", "panel")
-    picture.text(0, 12, shortened(kind, 30), "title")
+    picture.text(0, 12, shortened(kind, 24), "title")
     for tick in y.ticks(4):
         picture.line(x.start - 6, y(tick), PANEL_WIDTH - 4, y(tick), "grid")
         picture.text(x.start - 10, y(tick) + 4, tick_text(tick), "tick", "end")
@@ -169,7 +177,8 @@ def size_against_kl(rows: Sequence[dict[str, Any]], width: float) -> Picture:
     picture.text(12, (top + height - bottom) / 2, "KL to the original, nats, log scale", "axis", "middle", turned=True)
     _bottom_axis(picture, x, height - bottom, left, width - right, "MB on disk")
     front = _front(rows)
-    picture.path([(x(row["size_MB"]), y(row["kl_mean"])) for row in front], "curve")
+    line = [(x(row["size_MB"]), y(row["kl_mean"])) for row in front]
+    picture.path(line, "curve")
     for row in rows:
         at, error = x(row["size_MB"]), row["kl_stderr"] or 0
         # A bar that would reach zero ends above it: a log scale has no zero.
@@ -178,17 +187,17 @@ def size_against_kl(rows: Sequence[dict[str, Any]], width: float) -> Picture:
         hint = f"{row['label']}: {row['size_MB']:.4g} MB, KL {row['kl_mean']:.4g}"
         picture.dot(at, y(row["kl_mean"]), 4.5, "point" if row in front else "off-front", hint)
     points = [(x(row["size_MB"]), y(row["kl_mean"])) for row in rows]
-    _write_names(picture, rows, points, (left, top, width - right, height - bottom), 40 if width > NARROW else 18)
+    names = [shortened(row["label"], 40 if width > NARROW else 18) for row in rows]
+    _write_names(picture, names, points, sampled(line), (left, top, width - right, height - bottom))
     return picture
 
 
 def _write_names(
-    picture: Picture, rows: Sequence[dict[str, Any]], points: list[tuple[float, float]], inside: Box, most: int
+    picture: Picture, names: list[str], points: list[tuple[float, float]], line: list[tuple[float, float]], inside: Box
 ) -> None:
     taken = [(at - 6, level - 6, at + 6, level + 6) for at, level in points]
-    for row, point in zip(rows, points, strict=True):
-        name = shortened(row["label"], most)
-        (at, level), box = place(point, text_width(name), 12, taken, points, inside)
+    for name, point in zip(names, points, strict=True):
+        (at, level), box = place(point, text_width(name), 12, taken, line, inside)
         taken.append(box)
         picture.text(at, level + 4, name, "label", "middle")
 
@@ -210,20 +219,16 @@ def _bottom_axis(picture: Picture, x: Scale, level: float, left: float, right: f
     picture.text((left + right) / 2, level + 36, name, "axis", "middle")
 
 
-def _stacked(
-    labels: Sequence[tuple[float, str]], left: float, right: float
-) -> list[tuple[float, str, int, str]]:
-    """(x, text) -> (x, text, line, anchor), the line counted upwards, so that no two labels overlap; all within the borders."""
-    lines: list[list[tuple[float, float]]] = []
-    found = []
-    for at, text in sorted(labels, reverse=True):
-        width = text_width(text) + 10
-        anchor = "start" if at + width <= right or at - width < left else "end"
-        span = (at, at + width) if anchor == "start" else (at - width, at)
-        free = (i for i, line in enumerate(lines) if all(span[1] < start or end < span[0] for start, end in line))
-        number = next(free, len(lines))
-        if number == len(lines):
-            lines.append([])
-        lines[number].append(span)
-        found.append((at, text, number, anchor))
+def _stacked(labels: Sequence[tuple[float, str]], right: float) -> list[tuple[float, str, int, str]]:
+    """(x, text) -> (x, text, line, anchor), the line counted upwards: a label beside its mark crosses no other label or mark.
+
+    All labels lie on the same side of their marks, to the right where all of them end before `right`. Then a label can meet
+    only marks further on that way, and has to lie higher than theirs.
+    """
+    fits = all(at + text_width(text) + 4 <= right for at, text in labels)
+    side = 1 if fits else -1
+    found: list[tuple[float, str, int, str]] = []
+    for at, text in sorted(labels, key=lambda label: -side * label[0]):
+        met = [line for other, _, line, _ in found if (other - at) * side < text_width(text) + 10]
+        found.append((at, text, 1 + max(met, default=-1), "start" if fits else "end"))
     return found

@@ -15,6 +15,11 @@ from qtipcli.stages.pack import read_record
 
 _IN_BLOCK = re.compile(r"(?P<stem>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
 
+FLOW = (
+    "qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+"""Layers as most models call them, in the order of the computation; config.json has them in that of the alphabet."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -67,9 +72,10 @@ def layers_of(model: str) -> list[Layer]:
 
 
 def kinds_of(layers: list[Layer]) -> dict[str, list[Layer]]:
-    """Kind -> its layers in order of their blocks, for layers in blocks; kinds in the order of the first block that has them."""
+    """Kind -> its layers in order of their blocks, for layers in blocks; kinds in the order in which data flows through them."""
     found: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.block is not None:
             found.setdefault(layer.kind, []).append(layer)
-    return found
+    flow = {name: place for place, name in enumerate(FLOW)}
+    return dict(sorted(found.items(), key=lambda item: flow.get(item[0].rpartition(".")[2], len(flow))))

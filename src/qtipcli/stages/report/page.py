@@ -70,9 +70,11 @@ def render(report: dict[str, Any]) -> str:
 def _evaluation(report: dict[str, Any]) -> tuple[str, str]:
     """(title, body)."""
     rows, base = report["rows"], report["base"]
-    beside = f"beside its original <strong>{escape(base)}</strong>" if base else "without an original to compare to"
+    beside = f"beside its original <strong>{_breakable(base)}</strong>" if base else "without an original to compare to"
+    protocol = rows[0]["protocol"]
+    text = f"{rows[0]['tokens']:,} tokens of {_breakable(protocol['data'])}, context {protocol['context']:,}"
     parts = [
-        _header("Evaluation", report["model"], beside),
+        _header("Evaluation", report["model"], f"{beside}<br>{text}"),
         _headline(rows[0]),
         _section("Figures", _figures(rows), _LEGEND if base else "±: one standard error over windows."),
         _divergences(rows, [f"{row['protocol']['context']} tokens of context" for row in rows]) if base else "",
@@ -111,20 +113,22 @@ def _headline(row: dict[str, Any]) -> str:
 
 
 def _figures(rows: Sequence[dict[str, Any]]) -> str:
-    columns = [
-        ("context", lambda row: _data(row["protocol"]["context"])),
+    """A column for each context, so that the table is as narrow as a telephone."""
+    lines = [
         ("tokens", lambda row: _data(row["tokens"], f"{row['tokens']:,}")),
         ("perplexity", lambda row: _pair(row["perplexity"], row["perplexity_stderr"])),
     ]
     if rows[0]["kl_mean"] is not None:
-        columns += [
-            ("original’s", lambda row: _data(row["base_perplexity"])),
-            ("ratio", lambda row: _pair(row["perplexity_ratio"], row["perplexity_ratio_stderr"])),
-            *_KL_COLUMNS,
+        lines += [
+            ("perplexity of the original", lambda row: _data(row["base_perplexity"])),
+            ("ratio of the two", lambda row: _pair(row["perplexity_ratio"], row["perplexity_ratio_stderr"])),
+            *((name if name.startswith(("KL", "top")) else f"KL {name}", cell) for name, cell in _KL_COLUMNS),
         ]
     if rows[0]["kl_noise_floor"] is not None:
-        columns.append(("noise floor", lambda row: _data(row["kl_noise_floor"])))
-    return _table(columns, rows)
+        lines.append(("KL noise floor", lambda row: _data(row["kl_noise_floor"])))
+    columns = [("context", lambda line: line[0])]
+    columns += [(_data(row["protocol"]["context"]), lambda line, row=row: line[1](row)) for row in rows]
+    return _table(columns, lines)
 
 
 _KL_COLUMNS = [
@@ -155,7 +159,8 @@ def _comparison(report: dict[str, Any]) -> tuple[str, str]:
     """(title, body)."""
     rows, base = report["rows"], report["base"]
     original = (
-        f"beside <strong>{escape(base['model'])}</strong>, perplexity {_pair(base['perplexity'], base['perplexity_stderr'])}"
+        f"beside <strong>{_breakable(base['model'])}</strong>, perplexity "
+        f"{_pair(base['perplexity'], base['perplexity_stderr'])}"
     )
     sizes = [row for row in rows if row["size_MB"] is not None and row["kl_mean"] > 0]
     title = f"{len(rows)} models compared"
@@ -169,15 +174,15 @@ def _comparison(report: dict[str, Any]) -> tuple[str, str]:
         )
         if sizes
         else "",
-        _section("Figures", _compared(rows), f"{_LEGEND.partition(' Noise')[0]} {_STEP}"),
+        _section("Figures", f"<div class='breakout'>{_compared(rows)}</div>", f"{_LEGEND.partition(' Noise')[0]} {_STEP}"),
         _divergences(rows, [row["label"] for row in rows], report["protocol"]),
-        *(_folded(row["label"], _layers(layers_of(row["model"]))) for row in rows),
+        *(_folded(f"Layers of {row['label']}", _layers(layers_of(row["model"]))) for row in rows),
         _section("Protocol", _protocol([report["protocol"]])),
     ]
     return title, "".join(parts)
 
 
-_STEP = "Step: KL less that of the model it is compared to, with the paired standard error, since both saw the same windows."
+_STEP = "In bold: no other model takes as few bits and loses as little. Step: KL less that of the model it is compared to, with the paired standard error, since both saw the same windows."
 
 
 def _compared(rows: Sequence[dict[str, Any]]) -> str:
@@ -189,7 +194,6 @@ def _compared(rows: Sequence[dict[str, Any]]) -> str:
         ("perplexity", lambda row: _pair(row["perplexity"], row["perplexity_stderr"])),
         ("ratio", lambda row: _pair(row["perplexity_ratio"], row["perplexity_ratio_stderr"])),
         *_KL_COLUMNS,
-        ("front", lambda row: text_of(row["pareto"])),
         ("step", lambda row: _step(row, names)),
     ]
     return _table(columns, rows)
@@ -301,9 +305,9 @@ def _data(value: float | int | None, text: str | None = None) -> str:
 def _pair(value: float, error: float | None, times: float = 1, unit: str = "") -> str:
     """A figure and its standard error. times, unit: how both are shown; the machine's digits are those of the JSON."""
     text, error_text = WithError(value * times, None if error is None else error * times).parts()
-    after = "" if error_text is None else f' <span class="error">± {_data(error, error_text)}</span>'
-    beside = _data(error, "") if error == 0 else ""
-    return f"{_data(value, text)}{after}{beside}{unit}"
+    if error_text is not None:
+        return f'{_data(value, text)} <span class="error">± {_data(error, error_text)}{unit}</span>'
+    return f"{_data(value, text)}{unit}{'' if error is None else _data(error, ' ')}"
 
 
 def _page(title: str, body: str) -> str:
