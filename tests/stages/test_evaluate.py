@@ -121,9 +121,7 @@ def test_every_figure_is_its_definition(windows):
 def test_standard_errors_take_windows_as_the_independent_observations(windows):
     model, base_model = tiny_llama(1), tiny_llama(2)
     result = evaluate.run(model, base_model, windows)
-    own, base, kl, agrees = (
-        values.reshape(ROWS, -1).mean(1) for values in by_definition(model, base_model, windows.tokens)
-    )
+    own, base, kl, agrees = (values.reshape(ROWS, -1).mean(1) for values in by_definition(model, base_model, windows.tokens))
     stderr = lambda means: means.std(ddof=1) / math.sqrt(ROWS)  # noqa: E731
     assert result.kl_stderr == pytest.approx(stderr(kl), **CLOSE)
     assert result.top1_stderr == pytest.approx(stderr(agrees), **CLOSE)

@@ -147,9 +147,7 @@ def test_block_by_block_no_more_than_one_block_is_real(packed, text, monkeypatch
 
 
 def test_models_that_do_not_fit_are_streamed_and_it_is_said(packed, tiny_model, text, plain, monkeypatch):
-    together = sum(
-        blockwise.weight_bytes(str(name), None, False, torch.device("cpu")) for name in (packed / "out", tiny_model)
-    )
+    together = sum(blockwise.weight_bytes(str(name), None, False, torch.device("cpu")) for name in (packed / "out", tiny_model))
     for free, streams in ((together / blockwise.WEIGHTS_SHARE + 8, False), (together / blockwise.WEIGHTS_SHARE - 8, True)):
         monkeypatch.setattr(blockwise, "free_bytes", lambda device, free=free: free)
         watcher = Notes()
@@ -224,7 +222,9 @@ def test_kept_in_a_directory_a_second_run_loads_no_original(packed, tiny_model, 
     assert loaded[0] == "tiny-llama" and len(list((tmp_path / "cache").iterdir())) == WINDOWS + 2
 
 
-def test_the_directory_stays_below_its_cap_and_another_original_finds_nothing(packed, tiny_model, text, plain, loaded, tmp_path):
+def test_the_directory_stays_below_its_cap_and_another_original_finds_nothing(
+    packed, tiny_model, text, plain, loaded, tmp_path
+):
     watcher = Notes()
     keeping = Keeping(gib=3.5 * WINDOW_BYTES / 2**30, directory=tmp_path / "cache")
     assert measured(packed / "out", tiny_model, text, keeping=keeping, watcher=watcher).results[0] == plain

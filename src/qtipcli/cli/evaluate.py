@@ -53,7 +53,8 @@ def evaluate(
         Path | None, typer.Option(help="Keep them in this directory for later runs \\[a temporary file].", file_okay=False)
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="Zero-shot tasks of lm-eval, such as arc_easy,piqa (pip install 'qtipcli\\[eval]').")
+        list[str] | None,
+        typer.Option(help="Zero-shot tasks of lm-eval, such as arc_easy,piqa (pip install 'qtipcli\\[eval]')."),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="With --compare: draw KL and perplexity over stored bits there, a .png file.")

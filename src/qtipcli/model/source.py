@@ -233,7 +233,9 @@ def _download(name: str, revision: str | None, trust_remote_code: bool, accepted
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=list(_OTHER_COPIES)))
         if not (directory / CONFIG_FILE).is_file():
             raise QtipError(f"{name}{at} on the Hugging Face Hub has no {CONFIG_FILE}", "choose a transformers model")
-        _refuse_quantized(_read_json(directory / CONFIG_FILE), name, accepted_method)  # before gigabytes are fetched for nothing
+        _refuse_quantized(
+            _read_json(directory / CONFIG_FILE), name, accepted_method
+        )  # before gigabytes are fetched for nothing
         index = directory / INDEX_FILE
         weights = sorted(set(_index_weight_map(index).values())) if index.is_file() else [SINGLE_FILE]
         return Path(snapshot_download(name, revision=directory.name, allow_patterns=[*small, *weights]))

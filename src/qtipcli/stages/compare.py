@@ -100,9 +100,7 @@ def run(
     rows = _windows((base, *models), data, context, windows, trust_remote_code)
     measure.note_shortage(rows, watcher)
     cap_bytes = int((DEFAULT_CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
-    streamed = any(
-        blockwise.must_stream([(name, chosen)], trust_remote_code, stream, watcher) for name in (base, *models)
-    )
+    streamed = any(blockwise.must_stream([(name, chosen)], trust_remote_code, stream, watcher) for name in (base, *models))
 
     def logits_of(name: str) -> evaluate.Logits:
         return blockwise.open_model(name, chosen, trust_remote_code, streamed, watcher)(rows)

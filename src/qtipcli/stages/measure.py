@@ -201,9 +201,7 @@ class _Asked:
             self._used += kept.bytes
         else:
             key = original_key(self.base, dtype, self.trust)
-            kept = StoredLogits(
-                self.keeping.directory, key, rows, lambda: opened()(rows), self.keeping.cap_bytes, self.watcher
-            )
+            kept = StoredLogits(self.keeping.directory, key, rows, lambda: opened()(rows), self.keeping.cap_bytes, self.watcher)
         stack.callback(kept.close)
         return kept
 

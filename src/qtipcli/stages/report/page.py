@@ -253,7 +253,9 @@ def _layers(layers: list[Layer]) -> str:
             )
         )
     if any(layer.block is not None for layer in layers):
-        parts.append(_section("Bits of each layer", charts.both_widths(lambda width: charts.bits(layers, width)), _bits(layers)))
+        parts.append(
+            _section("Bits of each layer", charts.both_widths(lambda width: charts.bits(layers, width)), _bits(layers))
+        )
     columns = [
         ("layer", lambda layer: escape(layer.name)),
         ("shape", lambda layer: f"{layer.shape[0]:,} × {layer.shape[1]:,}"),

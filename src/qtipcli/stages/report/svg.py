@@ -27,9 +27,7 @@ class Picture:
 
     def line(self, x0: float, y0: float, x1: float, y1: float, kind: str) -> None:
         """A straight line."""
-        self._parts.append(
-            f'<line class="{kind}" x1="{number(x0)}" y1="{number(y0)}" x2="{number(x1)}" y2="{number(y1)}"/>'
-        )
+        self._parts.append(f'<line class="{kind}" x1="{number(x0)}" y1="{number(y0)}" x2="{number(x1)}" y2="{number(y1)}"/>')
 
     def path(self, points: list[tuple[float, float]], kind: str) -> None:
         """A line through these points."""
@@ -49,9 +47,7 @@ class Picture:
     def dot(self, x: float, y: float, radius: float, kind: str, hint: str = "") -> None:
         """A disc; hint: as in `box`."""
         title = f"<title>{escape(hint)}</title>" if hint else ""
-        self._parts.append(
-            f'<circle class="{kind}" cx="{number(x)}" cy="{number(y)}" r="{number(radius)}">{title}</circle>'
-        )
+        self._parts.append(f'<circle class="{kind}" cx="{number(x)}" cy="{number(y)}" r="{number(radius)}">{title}</circle>')
 
     def text(self, x: float, y: float, text: str, kind: str = "label", anchor: str = "start", turned: bool = False) -> None:
         """Text on the baseline y; anchor: start, middle or end at x; turned: upwards around that point."""
