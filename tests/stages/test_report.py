@@ -158,10 +158,9 @@ def test_names_from_outside_are_text_and_nothing_else(one, several):
     for row in hostile["rows"]:
         row["protocol"] |= {"data": HOSTILE, "special_tokens": "</dd><script>"}
     hostile["tasks"][0] |= {"task": HOSTILE, "metric": "<b>"}
-    rows = [
-        row | {"model": f"{HOSTILE}{n}", "label": f"{HOSTILE}{n}", "compared_to": None} for n, row in enumerate(several["rows"])
-    ]
-    rows[1]["compared_to"] = rows[0]["model"]
+    rows = [row | {"model": f"{HOSTILE}{n}", "label": f"{HOSTILE}{n}"} for n, row in enumerate(several["rows"])]
+    for row in rows[1:]:
+        row["compared_to"] = rows[0]["model"]
     versus = several | {"base": several["base"] | {"model": HOSTILE}, "rows": rows}
     for report in (hostile, versus):
         text = page.render(report)
@@ -193,7 +192,7 @@ def test_marks_labels_meet_no_other():
             width = svg.text_width(text)
             boxes.append((at, at if anchor == "start" else at - width, at + width if anchor == "start" else at, line))
         for at, left, right, line in boxes:
-            assert 0 <= left and right <= 710
+            assert left >= 0 and right <= 710
             for other, other_left, other_right, other_line in boxes:
                 if other != at:
                     assert line != other_line or right < other_left or other_right < left

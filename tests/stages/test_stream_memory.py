@@ -1,4 +1,4 @@
-"""The memory that an evaluation block by block takes. Oracle: the bytes of the model's parts, and the operating system's peak."""
+"""The memory of an evaluation block by block. Oracle: the bytes of the model's parts, and the operating system's peak."""
 
 from __future__ import annotations
 

@@ -122,6 +122,7 @@ def _one_row(row: dict[str, Any]) -> dict[str, Any]:
     }
     if row["kl_mean"] is None:
         return figures
+    floor = {} if row["kl_noise_floor"] is None else {"noise floor": row["kl_noise_floor"]}
     return figures | {
         "ratio": WithError(row["perplexity_ratio"], row["perplexity_ratio_stderr"]),
         "KL": WithError(row["kl_mean"], row["kl_stderr"]),
@@ -130,7 +131,7 @@ def _one_row(row: dict[str, Any]) -> dict[str, Any]:
         "99 %": row["kl_p99"],
         "99.9 %": row["kl_p999"],
         "max": row["kl_max"],
-        "noise floor": row["kl_noise_floor"],
+        **floor,
         "original's perplexity": row["base_perplexity"],
     }
 

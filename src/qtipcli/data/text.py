@@ -99,7 +99,7 @@ def load_documents(data: str, tokenizer: PreTrainedTokenizerBase | None = None, 
             In rows the document is the field after the colon, else "text", else "messages". A list of messages
             ({"role": ..., "content": ...}) is rendered by the tokenizer's chat template. Or one of SHORT_NAMES.
         tokenizer: for its chat template; None where no messages are expected.
-        split: the hub data set's split; local files have none, and of short names it chooses the one to calibrate or evaluate on.
+        split: the hub data set's split; local files have none. Of short names it chooses the one to calibrate or evaluate on.
 
     Raises:
         SettingsError: the value has none of these forms, or names a directory or an unknown kind of file.

@@ -127,7 +127,7 @@ def must_stream(
 
 
 def weight_bytes(name: str, dtype: torch.dtype | None, trust_remote_code: bool, device: torch.device) -> int:
-    """What the model's weights take in memory in load_model's dtype, from headers alone. Raises what ModelSource.open raises."""
+    """What the model's weights take in memory in load_model's dtype, from headers alone; raises as ModelSource.open does."""
     source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
     chosen = dtype or (None if device.type == "cuda" else torch.float32)
     packed = {key.removesuffix("trellis") for key in source.tensor_names if key.endswith(".trellis")}

@@ -84,8 +84,8 @@ class EvaluationResult:
         top1_agreement: share of positions where both models put the same token first.
         tokens: predictions that count.
         bits_per_weight: as stored; the caller's knowledge.
-        perplexity_stderr, perplexity_ratio_stderr, kl_stderr, top1_stderr: standard errors over windows (neighbouring tokens are not
-            independent, windows nearly are); None with one window.
+        perplexity_stderr, perplexity_ratio_stderr, kl_stderr, top1_stderr: standard errors over windows (neighbouring tokens
+            are not independent, windows nearly are); None with one window.
         kl_noise_floor: mean KL(original || original in the evaluated model's dtype), where that was asked for: what a model
             without any quantization would score.
     """

@@ -94,8 +94,8 @@ class StoredLogits(Logits):
         if self.added < len(missing):
             self._source = source
             watcher.note(
-                f"the original's logits of {self.found + self.added} of {len(self._files)} windows are in {directory}, which may "
-                f"take {cap_bytes / 2**30:.3g} GiB: the original stays in memory and computes the others"
+                f"the original's logits of {self.found + self.added} of {len(self._files)} windows are in {directory}, which "
+                f"may take {cap_bytes / 2**30:.3g} GiB: the original stays in memory and computes the others"
             )
         else:
             source.close()

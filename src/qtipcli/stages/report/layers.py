@@ -72,7 +72,7 @@ def layers_of(model: str) -> list[Layer]:
 
 
 def kinds_of(layers: list[Layer]) -> dict[str, list[Layer]]:
-    """Kind -> its layers in order of their blocks, for layers in blocks; kinds in the order in which data flows through them."""
+    """Kind -> its layers in order of their blocks, for layers in blocks; kinds in the order in which data flows."""
     found: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.block is not None:

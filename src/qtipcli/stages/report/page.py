@@ -71,8 +71,7 @@ def _evaluation(report: dict[str, Any]) -> tuple[str, str]:
     """(title, body)."""
     rows, base = report["rows"], report["base"]
     beside = f"beside its original <strong>{_breakable(base)}</strong>" if base else "without an original to compare to"
-    protocol = rows[0]["protocol"]
-    text = f"{rows[0]['tokens']:,} tokens of {_breakable(protocol['data'])}, context {protocol['context']:,}"
+    text = _text_read(rows[0]["tokens"], rows[0]["protocol"])
     parts = [
         _header("Evaluation", report["model"], f"{beside}<br>{text}"),
         _headline(rows[0]),
@@ -146,7 +145,10 @@ def _tasks(scores: Sequence[dict[str, Any]]) -> str:
         ("task", lambda score: escape(score["task"])),
         ("metric", lambda score: escape(score["metric"] + ("" if score["filter"] == "none" else f" ({score['filter']})"))),
         ("score", lambda score: _pair(score["value"], score["stderr"])),
-        ("original’s", lambda score: "–" if score["base_value"] is None else _pair(score["base_value"], score["base_stderr"])),
+        (
+            "original&rsquo;s",
+            lambda score: "&ndash;" if score["base_value"] is None else _pair(score["base_value"], score["base_stderr"]),
+        ),
         ("examples", lambda score: _data(score["examples"])),
     ]
     return _table(columns, scores)
@@ -160,7 +162,7 @@ def _comparison(report: dict[str, Any]) -> tuple[str, str]:
     rows, base = report["rows"], report["base"]
     original = (
         f"beside <strong>{_breakable(base['model'])}</strong>, perplexity "
-        f"{_pair(base['perplexity'], base['perplexity_stderr'])}"
+        f"{_pair(base['perplexity'], base['perplexity_stderr'])}<br>{_text_read(rows[0]['tokens'], report['protocol'])}"
     )
     sizes = [row for row in rows if row["size_MB"] is not None and row["kl_mean"] > 0]
     title = f"{len(rows)} models compared"
@@ -182,7 +184,10 @@ def _comparison(report: dict[str, Any]) -> tuple[str, str]:
     return title, "".join(parts)
 
 
-_STEP = "In bold: no other model takes as few bits and loses as little. Step: KL less that of the model it is compared to, with the paired standard error, since both saw the same windows."
+_STEP = (
+    "In bold: no other model takes as few bits and loses as little. Step: KL less that of the model it is compared to, with the "
+    "paired standard error, since both saw the same windows."
+)
 
 
 def _compared(rows: Sequence[dict[str, Any]]) -> str:
@@ -201,7 +206,7 @@ def _compared(rows: Sequence[dict[str, Any]]) -> str:
 
 def _step(row: dict[str, Any], names: dict[str, str]) -> str:
     if row["kl_difference"] is None:
-        return "–"
+        return "&ndash;"
     step = _pair(row["kl_difference"], row["kl_difference_stderr"])
     return f"{step} <small>to {escape(names[row['compared_to']])}</small>"
 
@@ -211,6 +216,10 @@ def _step(row: dict[str, Any], names: dict[str, str]) -> str:
 
 def _header(kind: str, title: str, beside: str) -> str:
     return f"<header><p class='kind'>{kind}</p><h1>{_breakable(title)}</h1><p>{beside}</p></header>"
+
+
+def _text_read(tokens: int, protocol: dict[str, Any]) -> str:
+    return f"{_data(tokens, f'{tokens:,}')} tokens of {_breakable(protocol['data'])}, context {protocol['context']:,}"
 
 
 def _breakable(name: str) -> str:
@@ -258,7 +267,7 @@ def _layers(layers: list[Layer]) -> str:
         )
     columns = [
         ("layer", lambda layer: escape(layer.name)),
-        ("shape", lambda layer: f"{layer.shape[0]:,} × {layer.shape[1]:,}"),
+        ("shape", lambda layer: f"{layer.shape[0]:,} &times; {layer.shape[1]:,}"),
         ("code", lambda layer: escape(layer.code)),
         ("bits", lambda layer: _data(layer.bits)),
         ("stored bits", lambda layer: _data(layer.bits_per_weight)),
@@ -301,7 +310,7 @@ def _table(columns: Sequence[tuple[str, Any]], rows: Sequence[Any]) -> str:
 
 def _data(value: float | int | None, text: str | None = None) -> str:
     """A figure with all of its digits for a machine, and few for a person."""
-    return "–" if value is None else f'<data value="{value!r}">{text or text_of(value)}</data>'
+    return "&ndash;" if value is None else f'<data value="{value!r}">{text or text_of(value)}</data>'
 
 
 def _pair(value: float, error: float | None, times: float = 1, unit: str = "") -> str:
@@ -322,7 +331,7 @@ def _page(title: str, body: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="qtip {escape(qtipcli.__version__)}">
 <link rel="icon" href="data:,">
-<title>{escape(title)} – qtip eval</title>
+<title>{escape(title)} &ndash; qtip eval</title>
 <style>
 {STYLE.read_text(encoding="utf-8")}</style>
 </head>

@@ -16,7 +16,7 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Picture:
-    """An SVG of `width` x `height` pixels that scales to the width it is given. name: what it shows, for those who cannot see."""
+    """An SVG of `width` x `height` pixels that scales to the width it is given. name: what it shows, to be read aloud."""
 
     def __init__(self, width: float, height: float, name: str, kind: str = "") -> None:
         self.width, self.height = width, height
