@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtipcli.cli.main import _run
 from qtipcli.errors import QtipError, SettingsError
-from qtipcli.stages import blockwise, evaluate, measure, reference_store
+from qtipcli.stages import blockwise, evaluate, measure, reference_store, room
 from qtipcli.stages.load import load_model
 from qtipcli.stages.measure import Keeping
 from qtipcli.stages.progress import Silent
@@ -171,9 +171,9 @@ def test_what_a_model_takes_is_known_from_its_headers(packed, tiny_model, dtype)
 def test_a_control_group_bounds_the_free_memory(tmp_path):
     for name, content in (("memory.max", "1000"), ("memory.current", "700"), ("memory.stat", "anon 5\ninactive_file 100\n")):
         (tmp_path / name).write_text(content)
-    assert blockwise._group_free(tmp_path) == [400]
+    assert room.group_free(tmp_path) == [400]
     (tmp_path / "memory.max").write_text("max")
-    assert blockwise._group_free(tmp_path) == blockwise._group_free(tmp_path / "absent") == []
+    assert room.group_free(tmp_path) == room.group_free(tmp_path / "absent") == []
 
 
 def test_another_methods_model_is_not_streamed(tiny_model, tmp_path):

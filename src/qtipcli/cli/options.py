@@ -13,7 +13,8 @@ from qtipcli_kernels.spec import offered_bits
 
 Model = Annotated[str, typer.Argument(help="A local directory or a Hugging Face hub name.", show_default=False)]
 Data = Annotated[
-    str | None, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a hub data set (owner/name[:config]).")
+    str | None,
+    typer.Option(help="Text: a .txt, .jsonl or .parquet file, wikitext2, c4, or a hub data set (owner/name[:config])."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows [256].", min=1)]
 Context = Annotated[int | None, typer.Option(help="Tokens in each window \\[the model's own, at most 2048].", min=1)]

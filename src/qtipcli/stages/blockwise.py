@@ -8,7 +8,6 @@ hold packed layers, as they do in the whole model.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from qtipcli.model.source import CONFIG_FILE, ModelSource
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, Logits, ModelLogits, check_fits, device_name
 from qtipcli.stages.load import computing_dtype, default_device, load_model
 from qtipcli.stages.progress import Watcher
+from qtipcli.stages.room import free_bytes
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.teacher import Teacher
 
@@ -138,25 +138,3 @@ def weight_bytes(name: str, dtype: torch.dtype | None, trust_remote_code: bool, 
         kept = stored if is_packed or chosen is None or not stored.is_floating_point else chosen
         total += torch.Size(source.shape(key)).numel() * kept.itemsize
     return total
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a process may still take there: on a CPU within what the machine and the control group have left."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    status = Path("/proc/meminfo").read_text(encoding="ascii")
-    free = int(re.search(r"MemAvailable:\s+(\d+) kB", status)[1]) * 1024
-    return min([free, *_group_free()])
-
-
-def _group_free(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Free bytes within the control group's limit, where it has one (the kernel's cgroup-v2 document: memory.max)."""
-    try:
-        limit = (root / "memory.max").read_text(encoding="ascii").strip()
-        used = int((root / "memory.current").read_text(encoding="ascii"))
-        counted = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return []
-    # Pages of files that were read count as used, and go when memory is wanted.
-    return [] if limit == "max" else [int(limit) - used + int(counted.get("inactive_file", 0))]

@@ -185,8 +185,8 @@ def _comparison(report: dict[str, Any]) -> tuple[str, str]:
 
 
 _STEP = (
-    "In bold: no other model takes as few bits and loses as little. Step: KL less that of the model it is compared to, with the "
-    "paired standard error, since both saw the same windows."
+    "In bold: no other model takes as few bits and loses as little. Step: KL less that of the model it is compared to, with "
+    "the paired standard error, since both saw the same windows."
 )
 
 
