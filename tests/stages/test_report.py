@@ -13,7 +13,7 @@ import pytest
 
 from qtipcli.errors import SettingsError
 from qtipcli.stages import compare, measure
-from qtipcli.stages.report import charts, page, svg
+from qtipcli.stages.report import charts, layers, page, svg
 from qtipcli.stages.report.layers import layers_of
 from stages.fixtures import Qtip
 
@@ -171,6 +171,14 @@ def test_names_from_outside_are_text_and_nothing_else(one, several):
         assert "<script>alert('1')</script>" in joined
 
 
+def test_a_report_asks_nobody_for_a_models_layers(monkeypatch):
+    """Only what is on the disk already counts: the hub is not asked, whatever a model is called."""
+    asked = []
+    monkeypatch.setattr(layers, "cached_file", lambda *what, **how: asked.append(how) or "/nowhere/config.json")
+    assert layers.layers_of("org/model") == []
+    assert asked == [{"local_files_only": True}]
+
+
 # Parts
 
 
@@ -200,9 +208,9 @@ def test_marks_labels_meet_no_other():
 
 
 def test_one_layer_of_a_kind_a_block_is_a_line_and_several_are_dots(packed):
-    layers = layers_of(str(packed / "out"))
-    assert [layer.block for layer in layers] == sorted(layer.block for layer in layers)
-    panels = charts.losses(layers)
+    found = layers_of(str(packed / "out"))
+    assert [layer.block for layer in found] == sorted(layer.block for layer in found)
+    panels = charts.losses(found)
     assert len(panels) == 7 and all("<polyline" in panel for panel in panels)
     assert ["q_proj" in panels[0], "down_proj" in panels[-1]] == [True, True]
     assert sum("worst" in panel for panel in panels) == 1

@@ -48,7 +48,7 @@ def layers_of(model: str) -> list[Layer]:
     Read from config.json and qtip.json alone, on disk or in the hub's cache.
     """
     try:
-        directory = Path(model) if Path(model).is_dir() else Path(cached_file(model, CONFIG_FILE)).parent
+        directory = Path(model) if Path(model).is_dir() else Path(cached_file(model, CONFIG_FILE, local_files_only=True)).parent
         layouts = read_config(directory).layouts()
         reports = (read_record(directory) or {}).get("layers", {})
     except (QtipError, OSError):
