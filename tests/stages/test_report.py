@@ -132,13 +132,18 @@ def test_the_histogram_has_every_count(one):
     assert sum(counts) + row["kl_histogram"]["below"] + row["kl_histogram"]["above"] == row["tokens"]
 
 
-def test_a_bar_is_as_high_as_its_share(one):
+def test_a_bar_is_as_high_on_its_axis_as_its_share(one):
+    """Oracle: the axis' own labels, of which the highest tells how many pixels a share takes."""
     row = one["rows"][0]
     drawn = str(charts.histogram(row, charts.WIDE))
+    ticks = re.findall(r'<text class="tick"[^>]* y="([\d.]+)" text-anchor="end">([\d.]+) %</text>', drawn)
+    (low, zero), (high, most) = ([float(value) for value in ticks[place]] for place in (0, -1))
+    assert zero == 0 and most > 0
     heights = [float(height) for height in re.findall(r'class="bar"[^>]*height="([\d.]+)"', drawn)]
     counts = [count for count in row["kl_histogram"]["counts"] if count]
     for height, count in zip(heights, counts, strict=True):
-        assert height / max(heights) == pytest.approx(count / max(counts), abs=1e-3)  # coordinates have two decimals
+        # Coordinates have two decimals, the axis' label three digits.
+        assert height == pytest.approx((low - high) * 100 * count / row["tokens"] / most, rel=5e-3, abs=0.02)
 
 
 def test_without_an_original_the_page_has_no_divergence(packed, text):
