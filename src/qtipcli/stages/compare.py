@@ -111,18 +111,25 @@ def run(
     finally:
         reference.close()
     _note_other_layers(measured, watcher)
-    protocol, original, stored = measured[0].result.protocol, measured[0].original, stored_of(base)
+    protocol = measured[0].result.protocol
+    dtypes = ", ".join(dict.fromkeys(each.result.protocol.dtype for each in measured))
     return {
-        "base": {
-            "model": base,
-            "bits_per_weight": stored.bits_per_weight,
-            "size_MB": stored.megabytes,
-            "dtype": protocol.base_dtype,
-            "perplexity": original.perplexity,
-            "perplexity_stderr": original.perplexity_stderr,
-        },
-        "protocol": asdict(replace(protocol, dtype=", ".join(dict.fromkeys(each.result.protocol.dtype for each in measured)))),
+        "base": _original(base, measured[0]),
+        "protocol": asdict(replace(protocol, dtype=dtypes)),
         "rows": _rows(measured, against),
+    }
+
+
+def _original(base: str, first: _Measured) -> dict[str, Any]:
+    """What the report says of the original, as `first` saw it."""
+    stored = stored_of(base)
+    return {
+        "model": base,
+        "bits_per_weight": stored.bits_per_weight,
+        "size_MB": stored.megabytes,
+        "dtype": first.result.protocol.base_dtype,
+        "perplexity": first.original.perplexity,
+        "perplexity_stderr": first.original.perplexity_stderr,
     }
 
 
