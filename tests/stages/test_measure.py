@@ -236,6 +236,15 @@ def test_the_directory_stays_below_its_cap_and_another_original_finds_nothing(
     assert key != reference_store.original_key(str(packed / "out"), None, False)
 
 
+def test_originals_that_share_a_directory_are_kept_apart(packed, tiny_model, text, tmp_path):
+    keeping = Keeping(directory=tmp_path / "cache")
+    for base in (tiny_model, packed / "out"):
+        found = measured(tiny_model, base, text, windows=2, keeping=keeping).results[0]
+        assert found == measured(tiny_model, base, text, windows=2).results[0]
+        assert (found.kl_mean == 0) is (base == tiny_model)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
 def test_what_cannot_be_asked_is_refused(packed, tiny_model, text):
     for more, fact in (
         ({"noise_floor": True}, "a noise floor needs the original"),
