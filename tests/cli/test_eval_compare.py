@@ -88,8 +88,11 @@ def test_what_is_no_comparison(qtip: Qtip, three: list[Path], tiny_model: Path, 
     complaint(qtip("eval", "--compare", two, three_bits, "--base", "./nowhere"), "./nowhere does not exist")
     complaint(qtip("eval", "--compare", two, tiny_model, *base), "is the original itself", "leave it out")
     complaint(qtip("eval", "--compare", two, three_bits, *base, "--against", "x"), "--against x is none of the models")
-    for option in (("--plot", "a.png"), ("--against", two), ("--cache-gib", "1")):
+    for option in (("--plot", "a.png"), ("--against", two)):
         complaint(qtip("eval", two, *base, *option), f"{option[0]} belongs to a comparison", "--compare")
+    for option in (("--noise-floor",), ("--cache", "kept"), ("--tasks", "piqa")):
+        complaint(qtip("eval", "--compare", two, three_bits, *base, *option), f"{option[0]} is not for a comparison")
+    complaint(qtip("eval", "--compare", two, three_bits, *base, "--context", "16,32"), "one context, not 2")
     assert not left_behind(tmp_path)
 
 

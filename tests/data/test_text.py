@@ -239,6 +239,31 @@ def test_a_hub_data_set_is_streamed_by_name_configuration_and_split(hub):
     assert (documents.source, documents.streamed) == ("owner/name:small, split test", True)
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "arguments", "options"),
+    [
+        ("wikitext2", "test", ("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"}),
+        ("wikitext2", "train", ("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
+        (
+            "c4", "test", ("allenai/c4", None),
+            {"split": "validation", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}},
+        ),
+        (
+            "c4", "train", ("allenai/c4", None),
+            {"split": "train", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
+        ),
+    ],
+)  # fmt: skip
+def test_a_short_name_is_what_the_field_means_by_it(hub, name, split, arguments, options):
+    asked = hub(datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset())
+    documents = load_documents(name, split=split)
+    assert list(documents) == TEXTS
+    assert asked == [(arguments, options | {"streaming": True})]
+    assert documents.source.startswith(f"{name} ({arguments[0]}")  # a report says what was read
+    assert all(part in documents.source for part in (options["split"], *options.get("data_files", {}).values()))
+    assert documents.streamed
+
+
 def test_no_more_of_a_hub_data_set_is_read_than_is_taken(hub):
     def rows():
         yield {"text": "first"}

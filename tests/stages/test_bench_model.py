@@ -122,7 +122,7 @@ def test_the_plain_model_can_be_left_out(config):
 
 
 def test_a_plain_model_that_does_not_fit_is_noted(config, monkeypatch):
-    monkeypatch.setattr(bench_model, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(bench_model, "free_bytes", lambda device: 1000)
     report = run(config)
     assert report["original"] is None
     assert "the plain model needs" in report["notes"][0]

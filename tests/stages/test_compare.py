@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError, SettingsError
-from qtipcli.stages import compare, evaluate, inspect, measure
+from qtipcli.stages import blockwise, compare, evaluate, inspect, measure
 from qtipcli.stages.load import load_model
 from qtipcli.stages.progress import Silent
 from stages.tiny import save_model
@@ -58,6 +58,13 @@ def test_every_row_is_the_evaluation_of_that_model_alone_bit_for_bit(three, tiny
     itself = measure.run(str(tiny_model), None, str(text), CONTEXT, WINDOWS)
     assert report["base"]["perplexity_stderr"] == itself.perplexity_stderr
     assert [f"{int(kept)} of {WINDOWS} windows are kept" in said for said in watcher.said] == [True] * (kept < WINDOWS)
+
+
+def test_block_by_block_the_rows_are_the_same(three, tiny_model, text, report):
+    """Bit for bit with one thread: the same operations on the same tensors, one block after the other."""
+    streamed = compared(three, tiny_model, text, stream=True)
+    assert streamed["rows"] == report["rows"]
+    assert streamed["protocol"] == report["protocol"] | {"placement": "block by block"}
 
 
 def test_rows_say_what_is_stored_and_stand_in_its_order(report, three, tiny_model):
@@ -120,7 +127,7 @@ def test_at_most_one_evaluated_model_is_in_memory_and_the_original_runs_once_a_w
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(compare, "load_model", loaded)
+    monkeypatch.setattr(blockwise, "load_model", loaded)
     compared(three, tiny_model, text, cache_gib=kept * WINDOW_GIB)
     # Before each of the four loads: nothing, then the original unless its logits are kept.
     assert alive == ([0, 0, 0, 0] if kept else [0, 1, 1, 1])
@@ -190,7 +197,7 @@ def test_models_that_pack_other_layers_are_noted(tmp_path, quantize, three, tiny
 
 
 def test_other_vocabularies_and_tokenizers_are_refused_by_name(tmp_path, three, tiny_model, text, monkeypatch):
-    monkeypatch.setattr(compare, "load_model", None)  # nothing is loaded before
+    monkeypatch.setattr(blockwise, "load_model", None)  # nothing is loaded before
     other = Path(shutil.copytree(three[1], tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 4000}))

@@ -16,6 +16,7 @@ from qtipcli.data.text import load_documents
 from qtipcli.data.windows import Windows, evaluation_windows
 from qtipcli.errors import QtipError, SettingsError
 from qtipcli.stages import evaluate
+from qtipcli.stages.histogram import histogram_of
 
 MATERIALS = Path(__file__).parents[3] / "shared" / "materials"
 VOCABULARY, ROWS, CONTEXT = 37, 5, 12
@@ -109,8 +110,10 @@ def test_every_figure_is_its_definition(windows):
     assert result.kl_mean == pytest.approx(kl.mean(), **CLOSE)
     assert result.kl_median == pytest.approx(np.sort(kl)[len(kl) // 2], **CLOSE)  # an odd number of predictions
     assert result.kl_p99 == pytest.approx(np.percentile(kl, 99), **CLOSE)
+    assert result.kl_p999 == pytest.approx(np.percentile(kl, 99.9), **CLOSE)
     assert result.kl_max == pytest.approx(kl.max(), **CLOSE)
     assert result.top1_agreement == agrees.mean()
+    assert result.kl_histogram == histogram_of(kl)
     assert result.bits_per_weight == 2.25
     assert kl.mean() > 0.1 and 0 < agrees.mean() < 1  # the two models differ enough for this to mean anything
 
@@ -118,9 +121,10 @@ def test_every_figure_is_its_definition(windows):
 def test_standard_errors_take_windows_as_the_independent_observations(windows):
     model, base_model = tiny_llama(1), tiny_llama(2)
     result = evaluate.run(model, base_model, windows)
-    own, base, kl, _ = (values.reshape(ROWS, -1).mean(1) for values in by_definition(model, base_model, windows.tokens))
+    own, base, kl, agrees = (values.reshape(ROWS, -1).mean(1) for values in by_definition(model, base_model, windows.tokens))
     stderr = lambda means: means.std(ddof=1) / math.sqrt(ROWS)  # noqa: E731
     assert result.kl_stderr == pytest.approx(stderr(kl), **CLOSE)
+    assert result.top1_stderr == pytest.approx(stderr(agrees), **CLOSE)
     assert result.perplexity_stderr == pytest.approx(result.perplexity * stderr(own), **CLOSE)
     assert result.perplexity_ratio_stderr == pytest.approx(result.perplexity_ratio * stderr(own - base), **CLOSE)
     assert evaluate.run(model, base_model, windows_of(windows.tokens[:1])).kl_stderr is None
@@ -172,6 +176,8 @@ def test_json_has_the_keys_of_the_issue_and_the_protocol(windows):
     protocol = row["protocol"]
     assert (protocol["data"], protocol["windows"], protocol["context"]) == ("test", ROWS, CONTEXT)
     assert (protocol["special_tokens"], protocol["dtype"], protocol["base_dtype"]) == ("none", "float32", "bfloat16")
+    assert (protocol["device"], protocol["placement"]) == ("cpu", "whole model in memory")
+    assert "qtipcli " in protocol["software"] and f"torch {'.'.join(torch.__version__.split('.')[:2])}" in protocol["software"]
     assert "0 to context - 2" in protocol["positions"] and "KL(original || evaluated)" in protocol["arithmetic"]
 
 

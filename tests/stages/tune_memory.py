@@ -12,6 +12,7 @@ import argparse
 import json
 import resource
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,9 +42,9 @@ SETTINGS = {
 """Llama 3.2 1B's blocks: 1.04 B parameters with embedding and head."""
 
 
-def save_random_model(directory: Path) -> int:
+def save_random_model(directory: Path, settings: Mapping[str, int | bool] = SETTINGS) -> int:
     """Write the model, one shard a block so that this takes no memory itself; returns its parameters."""
-    config = AutoConfig.for_model("llama", **SETTINGS, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config = AutoConfig.for_model("llama", **settings, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(directory)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

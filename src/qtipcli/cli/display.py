@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,35 +14,10 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qtipcli.stages.figures import WithError, text_of
+
 COLUMN_WIDTHS = {"layer": 38, "shape": 14, "bits": 5, "relative proxy loss": 20, "seconds": 8}
 """Of the per-layer rows, which are printed one by one as layers finish."""
-
-
-@dataclass(frozen=True)
-class WithError:
-    """A figure and its standard error, None or 0 where there is none: as text to the second digit of the error."""
-
-    value: float
-    error: float | None
-
-    def __str__(self) -> str:
-        if not self.error:
-            return text_of(self.value)
-        decimals = max(0, 1 - math.floor(math.log10(self.error)))
-        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}"
-
-
-def text_of(value: Any) -> str:
-    """A table cell: four significant digits for fractions, a dash for what was not measured."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return " x ".join(str(part) for part in value)
-    return str(value)
 
 
 def print_json(value: Any) -> None:

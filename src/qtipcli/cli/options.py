@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,8 @@ from qtipcli_kernels.spec import offered_bits
 
 Model = Annotated[str, typer.Argument(help="A local directory or a Hugging Face hub name.", show_default=False)]
 Data = Annotated[
-    str | None, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a hub data set (owner/name[:config]).")
+    str | None,
+    typer.Option(help="Text: a .txt, .jsonl or .parquet file, wikitext2, c4, or a hub data set (owner/name[:config])."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows [256].", min=1)]
 Context = Annotated[int | None, typer.Option(help="Tokens in each window \\[the model's own, at most 2048].", min=1)]
@@ -27,6 +29,23 @@ PresetName = Annotated[str | None, typer.Option("--preset", help="A preset of co
 def given(**values: Any) -> dict[str, Any]:
     """Only what was typed: options left out are None."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def words(typed: Sequence[str]) -> list[str]:
+    """What a repeatable option of words was given, each of which may be several with commas between them."""
+    return [word for text in typed for word in (part.strip() for part in text.split(",")) if word]
+
+
+def whole_numbers(option: str, typed: Sequence[str], least: int) -> list[int]:
+    """The same of numbers, each once, in the order typed. Raises SettingsError naming the option."""
+    found: dict[int, None] = {}
+    for word in words(typed):
+        if not word.isdecimal() or int(word) < least:
+            raise SettingsError(
+                f"{option} {word!r} is no whole number from {least} on", f"as in {option} 2048, or {option} 2048,4096"
+            )
+        found[int(word)] = None
+    return list(found)
 
 
 def preset_of(name: str | None) -> Preset:

@@ -1,7 +1,7 @@
 """Owns where text comes from: what a `--data` value means, and how each kind of file or data set becomes documents.
 
-Only this file knows the forms of that value, `FILE.txt`, `FILE.jsonl[:field]`, `FILE.parquet[:column]` and
-`owner/name[:config]`, and the two data sets taken by default.
+Only this file knows the forms of that value, `FILE.txt`, `FILE.jsonl[:field]`, `FILE.parquet[:column]`, `owner/name[:config]`
+and the short names `wikitext2` and `c4`, and the two data sets taken by default.
 A document is a string; documents come lazily and can be read again.
 """
 
@@ -24,8 +24,40 @@ if TYPE_CHECKING:
 CALIBRATION_DATA = "HuggingFaceFW/fineweb-edu:sample-10BT"
 CALIBRATION_SPLIT = "train"
 # The test set of the published perplexities (method.md, "Results").
-EVALUATION_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
+EVALUATION_DATA = "wikitext2"
 EVALUATION_SPLIT = "test"
+
+
+@dataclass(frozen=True)
+class HubText:
+    """One split of a hub data set. file: the one file of the repository that is read; None for all of the split."""
+
+    name: str
+    config: str | None
+    split: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        config = f":{self.config}" if self.config else ""
+        return f"{self.name}{config}, split {self.split}" + (f", {self.file}" if self.file else "")
+
+
+_C4 = "allenai/c4"
+SHORT_NAMES = {
+    "wikitext2": {
+        CALIBRATION_SPLIT: HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+        EVALUATION_SPLIT: HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    },
+    "c4": {
+        CALIBRATION_SPLIT: HubText(_C4, None, "train", "en/c4-train.00000-of-01024.json.gz"),
+        EVALUATION_SPLIT: HubText(_C4, None, "validation", "en/c4-validation.00000-of-00008.json.gz"),
+    },
+}
+"""What the field means by these names. Of C4 it reads one file, the first of the split (GPTQ's scripts, arXiv 2210.17323, and
+those that follow them)."""
+
+SHORT_NAMES_WINDOWS = {"c4": 256}
+"""Windows evaluated where none were asked for and the text has no natural end: as many as GPTQ's scripts."""
 
 _TEXT_FIELDS = ("text", "messages")  # looked for in this order where no field is named
 _LOCAL_FORM = re.compile(r"(?P<path>.+\.(?P<kind>txt|jsonl|parquet))(?::(?P<field>[^:/]+))?", re.IGNORECASE)
@@ -65,19 +97,23 @@ def load_documents(data: str, tokenizer: PreTrainedTokenizerBase | None = None, 
     Args:
         data: a .txt file (one document, whole), a .jsonl or .parquet file with one document a row, or the id of a hub data set.
             In rows the document is the field after the colon, else "text", else "messages". A list of messages
-            ({"role": ..., "content": ...}) is rendered by the tokenizer's chat template.
+            ({"role": ..., "content": ...}) is rendered by the tokenizer's chat template. Or one of SHORT_NAMES.
         tokenizer: for its chat template; None where no messages are expected.
-        split: the hub data set's split; local files have none.
+        split: the hub data set's split; local files have none. Of short names it chooses the one to calibrate or evaluate on.
 
     Raises:
         SettingsError: the value has none of these forms, or names a directory or an unknown kind of file.
         StorageError: the file cannot be found. All that is inside it is found out by reading, as QtipError.
     """
+    if data in SHORT_NAMES:
+        return _hub_text(f"{data} ({SHORT_NAMES[data][split]})", SHORT_NAMES[data][split], tokenizer)
     local = _LOCAL_FORM.fullmatch(data)
     if local:
         return _local_documents(data, Path(local["path"]), local["kind"].lower(), local["field"], tokenizer)
     path = Path(data)
-    remedy = "give a .txt, .jsonl or .parquet file, or a hub data set as owner/name or owner/name:config"
+    remedy = (
+        f"give a .txt, .jsonl or .parquet file, {', '.join(SHORT_NAMES)}, or a hub data set as owner/name or owner/name:config"
+    )
     if path.is_dir():
         raise SettingsError(f"data {data} is a directory", remedy)
     if path.exists():
@@ -85,8 +121,12 @@ def load_documents(data: str, tokenizer: PreTrainedTokenizerBase | None = None, 
     hub = _HUB_FORM.fullmatch(data)
     if hub is None:
         raise SettingsError(f"data {data!r} is neither a file nor the id of a hub data set", remedy)
-    source = f"{data}, split {split}"
-    return Documents(source, True, lambda: _some_text(_hub_documents(hub["name"], hub["config"], split, tokenizer), source))
+    text = HubText(hub["name"], hub["config"], split)
+    return _hub_text(str(text), text, tokenizer)
+
+
+def _hub_text(source: str, text: HubText, tokenizer: PreTrainedTokenizerBase | None) -> Documents:
+    return Documents(source, True, lambda: _some_text(_hub_documents(text, tokenizer), source))
 
 
 def _local_documents(
@@ -255,7 +295,7 @@ def _rendered(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBas
 # Hub data sets
 
 
-def _hub_documents(name: str, config: str | None, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+def _hub_documents(text: HubText, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     """Streams a hub data set. What goes wrong outside of this project's code becomes one line with a remedy."""
     import datasets
     from huggingface_hub import HfApi, constants
@@ -263,21 +303,22 @@ def _hub_documents(name: str, config: str | None, split: str, tokenizer: PreTrai
     try:
         if not constants.HF_HUB_OFFLINE:
             # One short question first: without a network `datasets` itself retries for half a minute before it says so.
-            HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_SECONDS)
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+            HfApi().dataset_info(text.name, timeout=_HUB_TIMEOUT_SECONDS)
+        files = {"data_files": {text.split: text.file}} if text.file else {}
+        rows = datasets.load_dataset(text.name, text.config, split=text.split, streaming=True, **files)
         for number, row in enumerate(rows, start=1):
-            yield _document(row, None, f"{name} row {number}", tokenizer, "choose a data set with a text column")
+            yield _document(row, None, f"{text.name} row {number}", tokenizer, "choose a data set with a text column")
     except QtipError:
         raise
     except Exception as error:  # the HTTP client's errors are of another package with each version of huggingface_hub
-        raise _hub_error(name, config, split, error) from error
+        raise _hub_error(text, error) from error
 
 
-def _hub_error(name: str, config: str | None, split: str, error: Exception) -> QtipError:
+def _hub_error(text: HubText, error: Exception) -> QtipError:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    asked = f"hub data set {name}"
+    asked = f"hub data set {text.name}"
     if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError
         return QtipError(f"{asked} is gated", f"accept its terms on its page and run `hf auth login`, or {_LOCAL_REMEDY}")
     if isinstance(error, RepositoryNotFoundError):
@@ -291,7 +332,7 @@ def _hub_error(name: str, config: str | None, split: str, error: Exception) -> Q
             f"{asked} is a Python script, and the datasets library runs none", f"choose a parquet data set, or {_LOCAL_REMEDY}"
         )
     if isinstance(error, ValueError):  # an unknown configuration or split; the library names those that exist
-        wanted = f"configuration {config or '(none given)'}, split {split}"
+        wanted = f"configuration {text.config or '(none given)'}, split {text.split}"
         return QtipError(
             f"{asked} cannot be opened ({wanted}): {_one_line(error)}", f"say owner/name:config, or {_LOCAL_REMEDY}"
         )

@@ -5,6 +5,8 @@ Only hooks that kept their signature through transformers 5 are overridden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +32,15 @@ class QtipHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_tensor_parallel(model)
-        if files := kwargs.get("checkpoint_files"):
+        self.place_modules(model, kwargs.get("checkpoint_files"))
+
+    def place_modules(self, model: PreTrainedModel, files: Sequence[str | Path] | None) -> None:
+        """Swap unfilled packed modules into `model`, which may be on meta, in place.
+
+        files: the checkpoint, whose tensors are checked against the table of layers by their headers; None checks nothing.
+        Raises QtipError where the table is not this model's, CorruptError where the files are not the table's.
+        """
+        if files:
             check_tensors(self.quantization_config.layouts(), files)
         # The files carry the names of the class that saved the model; the one being loaded may lack or add a prefix.
         names = _names_in(model, list(self.quantization_config.layers))

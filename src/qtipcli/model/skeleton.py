@@ -7,7 +7,7 @@ and the head's never come: streaming needs no logits.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import init_empty_weights
@@ -26,6 +26,7 @@ class Skeleton:
         source: the opened checkpoint.
         dtype: of the weights as computed with (buffers and the few parameters that a model keeps in float32 stay so).
         device: where blocks are made real and run.
+        prepare: called with the model on meta before its tensors are looked for in the checkpoint, to replace modules.
 
     Attributes:
         model: the transformers model in eval mode; parameters on meta, buffers real and on `device`.
@@ -39,12 +40,20 @@ class Skeleton:
         QtipError: transformers cannot build the model, it has no list of blocks, or the checkpoint does not cover it.
     """
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[PreTrainedModel], None] | None = None,
+    ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = torch.device(device)
         self.notes: list[str] = []
         self.model = _build_without_weights(source, dtype)
+        if prepare is not None:
+            prepare(self.model)
         _move_buffers(self.model, self.device)
         self.blocks = find_blocks(self.model)
         self.tied = _tied_names(self.model)

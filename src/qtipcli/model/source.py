@@ -92,13 +92,20 @@ class ModelSource:
         self._tensors = tensors
 
     @classmethod
-    def open(cls, name_or_path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    def open(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        accepted_method: str | None = None,
+    ) -> ModelSource:
         """Finds the model, downloads it if it is on the Hub, and checks everything that can be checked without reading weights.
 
         Args:
             name_or_path: a local directory, or a Hub id such as "org/model".
             revision: branch, tag or commit of a Hub model.
             trust_remote_code: let transformers run Python files that come with the model.
+            accepted_method: a model that was quantized by this method is opened too; `config` then says nothing about it.
 
         Raises:
             QtipError: the model does not exist or cannot be fetched, holds no safetensors weights, is quantized already, or
@@ -106,9 +113,11 @@ class ModelSource:
             CorruptError: a config, index or shard is damaged or missing; the file is named.
         """
         name = str(name_or_path)
-        directory = _locate(name, revision, trust_remote_code)
-        _refuse_quantized(_read_json(directory / CONFIG_FILE), name)
+        directory = _locate(name, revision, trust_remote_code, accepted_method)
+        _refuse_quantized(_read_json(directory / CONFIG_FILE), name, accepted_method)
         config = _load_config(directory, name, trust_remote_code)
+        if accepted_method is not None and hasattr(config, "quantization_config"):
+            del config.quantization_config
         _refuse_other_tasks(config, name)
         tensors: dict[str, StoredTensor] = {}
         for shard, expected in _shard_contents(directory, name).items():
@@ -178,7 +187,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 # ---- where the model is ----------------------------------------------------------------------------------------------------
 
 
-def _locate(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _locate(name: str, revision: str | None, trust_remote_code: bool, accepted_method: str | None) -> Path:
     """The directory of a model, downloaded if need be."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -193,7 +202,7 @@ def _locate(name: str, revision: str | None, trust_remote_code: bool) -> Path:
         raise QtipError(f"{name} is a file, not a model directory", f"give the directory that holds it: {path.parent}")
     if _looks_local(name):
         raise QtipError(f"{name} does not exist", _near_folder(path) or "check the path, or give a Hub id such as org/model")
-    return _download(name, revision, trust_remote_code)
+    return _download(name, revision, trust_remote_code, accepted_method)
 
 
 def _looks_local(name: str) -> bool:
@@ -215,7 +224,7 @@ def _where_models_are(path: Path) -> str:
     return f"did you mean {below[0]}?" if below else f"give the directory that holds {CONFIG_FILE} and the .safetensors files"
 
 
-def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _download(name: str, revision: str | None, trust_remote_code: bool, accepted_method: str | None) -> Path:
     """Fetches a Hub model: first what is small, then exactly the weight files that its index names."""
     at = f" at revision {revision}" if revision else ""
     try:
@@ -224,7 +233,9 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=list(_OTHER_COPIES)))
         if not (directory / CONFIG_FILE).is_file():
             raise QtipError(f"{name}{at} on the Hugging Face Hub has no {CONFIG_FILE}", "choose a transformers model")
-        _refuse_quantized(_read_json(directory / CONFIG_FILE), name)  # before gigabytes are fetched for nothing
+        _refuse_quantized(
+            _read_json(directory / CONFIG_FILE), name, accepted_method
+        )  # before gigabytes are fetched for nothing
         index = directory / INDEX_FILE
         weights = sorted(set(_index_weight_map(index).values())) if index.is_file() else [SINGLE_FILE]
         return Path(snapshot_download(name, revision=directory.name, allow_patterns=[*small, *weights]))
@@ -261,13 +272,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_quantized(config: dict[str, Any], name: str) -> None:
-    """Refuses a checkpoint that carries another method's (or our own) quantization, also in a nested text config."""
+def _refuse_quantized(config: dict[str, Any], name: str, accepted_method: str | None) -> None:
+    """Refuses a checkpoint that carries quantization of any but the accepted method, also in a nested text config."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         stated = part.get("quantization_config") or part.get("compression_config")
         if stated:
             method = stated.get("quant_method", "unnamed method") if isinstance(stated, dict) else "unnamed method"
+            if method == accepted_method:
+                continue
             raise QtipError(
                 f"{name} is already quantized ({method})", "start from the original model with its bf16 or fp16 weights"
             )

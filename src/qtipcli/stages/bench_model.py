@@ -20,6 +20,7 @@ from qtipcli.stages.bench import chosen_device, device_name
 from qtipcli.stages.load import load_model
 from qtipcli.stages.model_passes import Decoder, Prefill, in_turns
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.room import free_bytes
 from qtipcli.stages.sizes import config_of
 from qtipcli_kernels import device as kernel_device
 from qtipcli_kernels import dispatch
@@ -192,7 +193,7 @@ class _Bench:
             return against
         size = self.packed.dtype.itemsize
         dense = sum(layer.layout.weights * size for layer in packed_modules(self.packed).values()) + weight_bytes(self.packed)
-        free = _free_bytes(self.device)
+        free = free_bytes(self.device)
         if dense * HEADROOM > free:
             self.notes.append(f"the plain model needs {dense * HEADROOM / 1e9:.1f} GB, {free / 1e9:.1f} are free: not measured")
             return None
@@ -233,14 +234,6 @@ def weight_bytes(model: Any) -> int:
     """Bytes of all parameters and buffers, tied ones once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    status = Path("/proc/meminfo").read_text(encoding="ascii")
-    return int(re.search(r"MemAvailable:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _reset_peak(device: torch.device) -> bool:

@@ -6,27 +6,27 @@ One evaluated model is in memory at a time, and the original only while its logi
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers.utils import cached_file
 
-from qtipcli.data.text import EVALUATION_DATA, EVALUATION_SPLIT, load_documents
+from qtipcli.data.text import EVALUATION_DATA, EVALUATION_SPLIT, SHORT_NAMES_WINDOWS, load_documents
 from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError, SettingsError
 from qtipcli.hub.config import METHOD, QtipConfig
 from qtipcli.job.header import read_header
 from qtipcli.model.source import CONFIG_FILE, SINGLE_FILE
-from qtipcli.stages import evaluate, measure
-from qtipcli.stages.evaluate import EvaluationResult, ModelLogits, Predictions
-from qtipcli.stages.load import check_name, load_config, load_model
+from qtipcli.stages import blockwise, evaluate, measure
+from qtipcli.stages.evaluate import EvaluationResult, Predictions
+from qtipcli.stages.load import check_name, load_config
 from qtipcli.stages.pack import INDEX_FILE
 from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.reference import DEFAULT_CACHE_GIB, KeptLogits
@@ -71,6 +71,7 @@ def run(
     trust_remote_code: bool = False,
     against: str | None = None,
     cache_gib: float | None = None,
+    stream: bool | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Evaluate every model of `models` on the same windows, beside `base`.
@@ -78,6 +79,7 @@ def run(
     data, context, windows, dtype: as in measure.run, for all models alike; the windows are cut by the base's tokenizer.
     against: one of `models`, to which all others are compared; None compares each row to the one above it.
     cache_gib: of the file that keeps the original's logits; None is DEFAULT_CACHE_GIB.
+    stream: every model block by block or not; None decides by whether the largest fits into the free memory.
 
     Returns {"base", "protocol", "rows"}: the original with its perplexity; what the figures mean; one row a model, sorted by
     stored bits, with the figures of EvaluationResult and
@@ -98,24 +100,36 @@ def run(
     rows = _windows((base, *models), data, context, windows, trust_remote_code)
     measure.note_shortage(rows, watcher)
     cap_bytes = int((DEFAULT_CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
-    reference = KeptLogits(ModelLogits(load_model(base, chosen, trust_remote_code), rows), rows.rows, cap_bytes, watcher)
+    streamed = any(blockwise.must_stream([(name, chosen)], trust_remote_code, stream, watcher) for name in (base, *models))
+
+    def logits_of(name: str) -> evaluate.Logits:
+        return blockwise.open_model(name, chosen, trust_remote_code, streamed, watcher)(rows)
+
+    reference = KeptLogits(logits_of(base), rows.rows, cap_bytes, watcher)
     try:
-        measured = [_measure(name, chosen, trust_remote_code, rows, reference, watcher) for name in models]
+        measured = [_measure(name, logits_of, rows, reference, watcher) for name in models]
     finally:
         reference.close()
     _note_other_layers(measured, watcher)
-    protocol, original, stored = measured[0].result.protocol, measured[0].original, stored_of(base)
+    protocol = measured[0].result.protocol
+    dtypes = ", ".join(dict.fromkeys(each.result.protocol.dtype for each in measured))
     return {
-        "base": {
-            "model": base,
-            "bits_per_weight": stored.bits_per_weight,
-            "size_MB": stored.megabytes,
-            "dtype": protocol.base_dtype,
-            "perplexity": original.perplexity,
-            "perplexity_stderr": original.perplexity_stderr,
-        },
-        "protocol": asdict(replace(protocol, dtype=", ".join(dict.fromkeys(each.result.protocol.dtype for each in measured)))),
+        "base": _original(base, measured[0]),
+        "protocol": asdict(replace(protocol, dtype=dtypes)),
         "rows": _rows(measured, against),
+    }
+
+
+def _original(base: str, first: _Measured) -> dict[str, Any]:
+    """What the report says of the original, as `first` saw it."""
+    stored = stored_of(base)
+    return {
+        "model": base,
+        "bits_per_weight": stored.bits_per_weight,
+        "size_MB": stored.megabytes,
+        "dtype": first.result.protocol.base_dtype,
+        "perplexity": first.original.perplexity,
+        "perplexity_stderr": first.original.perplexity_stderr,
     }
 
 
@@ -163,7 +177,8 @@ def _windows(names: Sequence[str], data: str | None, context: int | None, window
         tokenizer = measure.load_tokenizer(name, trust)
         # Read again for each: a chat template is the tokenizer's, and so is how much of a stream it takes.
         documents = load_documents(data or EVALUATION_DATA, tokenizer, EVALUATION_SPLIT)
-        cut.append(measure.windows_for(config, tokenizer, documents, context, windows))
+        count = windows or SHORT_NAMES_WINDOWS.get(data or "")
+        cut.append(measure.windows_for(config, tokenizer, documents, context, count))
         if cut[-1].content_hash != cut[0].content_hash:
             raise QtipError(
                 f"the tokenizer of {name} reads the text as other tokens than that of the original {base}",
@@ -173,13 +188,14 @@ def _windows(names: Sequence[str], data: str | None, context: int | None, window
 
 
 def _measure(
-    name: str, dtype: torch.dtype | None, trust: bool, rows: Windows, reference: KeptLogits, watcher: Watcher
+    name: str, logits_of: Callable[[str], evaluate.Logits], rows: Windows, reference: KeptLogits, watcher: Watcher
 ) -> _Measured:
     """One model's part; the model is gone from memory before the next one is loaded."""
     gc.collect()  # a model with a cycle of references, such as a hook that knows it, would still be there
+    own = logits_of(name)
     watcher.begin(f"eval {name}", rows.rows)
-    own = ModelLogits(load_model(name, dtype, trust), rows)
-    predictions = evaluate.predict(own, rows, reference, progress=lambda done, total: watcher.advance("windows"))
+    with contextlib.closing(own):
+        predictions = evaluate.predict(own, rows, reference, progress=lambda done, total: watcher.advance("windows"))
     protocol, stored = evaluate.protocol_of(rows, own, reference), stored_of(name)
     result = evaluate.summarize(predictions, protocol, stored.bits_per_weight)
     original = evaluate.summarize(Predictions(predictions.base_surprisal), protocol, None)

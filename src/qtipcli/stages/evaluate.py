@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +21,19 @@ import torch
 
 from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError, SettingsError
+from qtipcli.job.fingerprint import package_version
+from qtipcli.stages.histogram import Histogram, histogram_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Logits converted to float64 at a time: 16 MB an array, whatever the vocabulary and the context.
 _CHUNK_LOGITS = 2**21
+
+IN_MEMORY, BLOCK_BY_BLOCK = "whole model in memory", "block by block"
+"""How the evaluated model was run."""
+
+_SOFTWARE = ("qtipcli", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class Protocol:
         special_tokens: where a BOS stands.
         positions: which predictions count, in every figure.
         dtype, base_dtype: that the evaluated model and the original compute in; base_dtype is None without an original.
+        noise_dtype: of the original that the noise floor compares to the original in base_dtype; None without a noise floor.
+        device, placement: what the evaluated model ran on, and whether it was whole in memory.
+        software: versions of what can change a figure.
         arithmetic: of the comparison of the logits.
     """
 
@@ -49,13 +59,17 @@ class Protocol:
     special_tokens: str
     dtype: str
     base_dtype: str | None
+    noise_dtype: str | None = None
+    device: str = "cpu"
+    placement: str = IN_MEMORY
+    software: str = field(default_factory=lambda: ", ".join(f"{name} {package_version(name)}" for name in _SOFTWARE))
     positions: str = "0 to context - 2 of each window, for perplexity, KL and top-1"
     arithmetic: str = "softmax, KL and means in float64; KL(original || evaluated) in nats"
 
     def __str__(self) -> str:
         return (
             f"{self.data}; {self.windows} non-overlapping windows of {self.context} tokens from the start; "
-            f"special tokens: {self.special_tokens}; weights in {self.dtype}"
+            f"special tokens: {self.special_tokens}; weights in {self.dtype}, {self.placement}, on {self.device}"
         )
 
 
@@ -65,13 +79,15 @@ class EvaluationResult:
 
     Attributes:
         perplexity, base_perplexity, perplexity_ratio: of the model, of the original, the first over the second.
-        kl_mean, kl_median, kl_p99, kl_max: over tokens, in nats, of KL(original || model).
+        kl_mean, kl_median, kl_p99, kl_p999, kl_max: over tokens, in nats, of KL(original || model); p99 is the 99 % quantile,
+            p999 the 99.9 % one. kl_histogram: the same values counted.
         top1_agreement: share of positions where both models put the same token first.
         tokens: predictions that count.
         bits_per_weight: as stored; the caller's knowledge.
-        perplexity_stderr, perplexity_ratio_stderr, kl_stderr: standard errors over windows (neighbouring tokens are not
-            independent, windows nearly are); None with one window.
-        kl_noise_floor: mean KL(original || original in the evaluated model's dtype), where that was asked for.
+        perplexity_stderr, perplexity_ratio_stderr, kl_stderr, top1_stderr: standard errors over windows (neighbouring tokens
+            are not independent, windows nearly are); None with one window.
+        kl_noise_floor: mean KL(original || original in the evaluated model's dtype), where that was asked for: what a model
+            without any quantization would score.
     """
 
     perplexity: float
@@ -89,10 +105,13 @@ class EvaluationResult:
     perplexity_ratio_stderr: float | None = None
     kl_stderr: float | None = None
     kl_noise_floor: float | None = None
+    kl_p999: float | None = None
+    top1_stderr: float | None = None
+    kl_histogram: Histogram | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, `protocol` as an object."""
-        return asdict(self)
+        """Plain values, `protocol` and `kl_histogram` as objects."""
+        return asdict(self) | {"kl_histogram": None if self.kl_histogram is None else self.kl_histogram.as_json()}
 
 
 @dataclass(frozen=True)
@@ -110,13 +129,21 @@ class Predictions:
 
 
 class Logits(ABC):
-    """A model's logits, window by window; dtype: its name, of the weights that made them."""
+    """A model's logits, window by window.
+
+    Attributes: dtype: its name, of the weights that made them; device, placement: as in Protocol.
+    """
 
     dtype: str
+    device: str = "cpu"
+    placement: str = IN_MEMORY
 
     @abstractmethod
     def logits(self, index: int) -> torch.Tensor:
         """Of the predictions that count in window `index`, [context - 1, vocabulary], in any dtype, on any device."""
+
+    def close(self) -> None:  # noqa: B027, most have nothing to give back
+        """Give memory and files back; no logits are asked for afterwards."""
 
 
 class ModelLogits(Logits):
@@ -132,10 +159,10 @@ class ModelLogits(Logits):
     """
 
     def __init__(self, model: PreTrainedModel, windows: Windows) -> None:
-        _check_fits(model, windows)
+        check_fits(model.config, windows)
         model.eval()
         self._model, self._tokens = model, windows.tokens
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype, self.device = str(model.dtype).removeprefix("torch."), device_name(model.device)
 
     # Not inference_mode, whose tensors have no version by which layers that share an input could tell that x is unchanged.
     @torch.no_grad()
@@ -172,7 +199,7 @@ def run(
         raise SettingsError("a noise floor needs the original model", "give --base MODEL")
     own, base, noise = (None if each is None else ModelLogits(each, windows) for each in (model, base_model, noise_model))
     predictions = predict(own, windows, base, noise, progress)
-    return summarize(predictions, protocol_of(windows, own, base), bits_per_weight)
+    return summarize(predictions, protocol_of(windows, own, base, noise), bits_per_weight)
 
 
 def predict(
@@ -200,8 +227,8 @@ def predict(
     return Predictions(**columns)
 
 
-def protocol_of(windows: Windows, own: Logits, base: Logits | None) -> Protocol:
-    """What the figures of `own` on `windows`, beside `base`, mean."""
+def protocol_of(windows: Windows, own: Logits, base: Logits | None, noise: Logits | None = None) -> Protocol:
+    """What the figures of `own` on `windows`, beside `base`, with the noise floor of `noise`, mean."""
     return Protocol(
         data=windows.source,
         content_hash=windows.content_hash,
@@ -210,11 +237,20 @@ def protocol_of(windows: Windows, own: Logits, base: Logits | None) -> Protocol:
         special_tokens=windows.special_tokens,
         dtype=own.dtype,
         base_dtype=None if base is None else base.dtype,
+        noise_dtype=None if noise is None else noise.dtype,
+        device=own.device,
+        placement=own.placement,
     )
 
 
-def _check_fits(model: PreTrainedModel, windows: Windows) -> None:
-    config = model.config.get_text_config()
+def device_name(device: torch.device) -> str:
+    """As a report names it: a GPU by its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def check_fits(config: PreTrainedConfig, windows: Windows) -> None:
+    """Raise unless a model of this config can read `windows`: SettingsError for their length, QtipError for a token."""
+    config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and windows.context > positions:
         raise SettingsError(
@@ -282,20 +318,23 @@ def _check_finite(values: Predictions, where: str) -> None:
 def summarize(all_WP: Predictions, protocol: Protocol, bits_per_weight: float | None) -> EvaluationResult:
     """The figures of one model from all of its predictions."""
     perplexity, perplexity_stderr = _exp_mean(all_WP.surprisal)
-    figures: dict[str, float | None] = {}
+    figures: dict[str, Any] = {}
     if all_WP.base_surprisal is not None:
         figures["base_perplexity"], _ = _exp_mean(all_WP.base_surprisal)
         ratio, ratio_stderr = _exp_mean(all_WP.surprisal - all_WP.base_surprisal)
-        median, p99 = np.quantile(all_WP.kl, (0.5, 0.99))
+        median, p99, p999 = np.quantile(all_WP.kl, (0.5, 0.99, 0.999))
         figures |= {
             "perplexity_ratio": ratio,
             "perplexity_ratio_stderr": ratio_stderr,
             "kl_mean": float(all_WP.kl.mean()),
             "kl_median": float(median),
             "kl_p99": float(p99),
+            "kl_p999": float(p999),
             "kl_max": float(all_WP.kl.max()),
             "kl_stderr": standard_error(all_WP.kl),
             "top1_agreement": float(all_WP.agrees.mean()),
+            "top1_stderr": standard_error(all_WP.agrees),
+            "kl_histogram": histogram_of(all_WP.kl),
         }
     if all_WP.noise is not None:
         figures["kl_noise_floor"] = float(all_WP.noise.mean())

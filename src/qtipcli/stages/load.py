@@ -43,6 +43,12 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None, trust
     return model.to(device).eval()
 
 
+def computing_dtype(config: PreTrainedConfig, dtype: torch.dtype | None) -> torch.dtype:
+    """What load_model computes in where it is given this dtype."""
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype or (torch.float32 if default_device().type == "cpu" else stated or torch.float32)
+
+
 def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config alone; raises as load_model does."""
     return _loaded(AutoConfig, name_or_path, trust_remote_code=trust_remote_code)

@@ -123,7 +123,7 @@ def _name(
     renderer = axes.figure.canvas.get_renderer()
     points = [tuple(pixel) for pixel in axes.transData.transform(list(zip(x, y, strict=True)))]
     drawn = [*lines, *([*line.get_xydata()] for line in axes.lines if line.get_linestyle() == "-")]
-    crossings = [pixel for line in drawn for pixel in _sampled([tuple(p) for p in axes.transData.transform(list(line))])]
+    crossings = [pixel for line in drawn for pixel in sampled([tuple(p) for p in axes.transData.transform(list(line))])]
     taken = [_around(point, POINT_PIXELS, POINT_PIXELS) for point in points]
     legend = axes.get_legend().get_window_extent(renderer)
     taken.append((legend.x0, legend.y0, legend.x1, legend.y1))
@@ -196,10 +196,10 @@ def _within(pixel: tuple[float, float], box: Box) -> bool:
 def _leader(point: tuple[float, float], box: Box) -> list[tuple[float, float]]:
     """The line from a point to its name where that is far; empty where it is near."""
     edge = (min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3]))
-    return _sampled([point, edge]) if math.dist(point, edge) >= LEADER else []
+    return sampled([point, edge]) if math.dist(point, edge) >= LEADER else []
 
 
-def _sampled(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def sampled(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points along a line through these, LINE_STEP apart."""
     found = []
     for (x0, y0), (x1, y1) in itertools.pairwise(line):

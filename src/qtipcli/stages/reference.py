@@ -36,17 +36,18 @@ class KeptLogits(Logits):
         cap_bytes: of the file; 0 keeps nothing.
         watcher: hears of each window that is kept, and of windows that are not.
 
-    Attributes: kept: windows in the file.
+    Attributes: kept: windows in the file; bytes: of the file.
     Raises StorageError where the file cannot be written, and what `source` raises.
     """
 
     def __init__(self, source: Logits, rows: int, cap_bytes: int, watcher: Watcher) -> None:
-        self.dtype = source.dtype
+        self.dtype, self.device = source.dtype, source.device
         self._source: Logits | None = source
         first = source.logits(0)
         allowed = min(cap_bytes, int(shutil.disk_usage(tempfile.gettempdir()).free * FREE_SHARE))
         window_bytes = first.numel() * first.element_size()
         self.kept = min(rows, allowed // window_bytes)
+        self.bytes = self.kept * window_bytes
         if self.kept < rows:
             watcher.note(
                 f"the original's logits of {self.kept} of {rows} windows are kept ({window_bytes / 2**30:.2g} GiB each, "
@@ -61,6 +62,7 @@ class KeptLogits(Logits):
                 self._file.write(index, source.logits(index) if index else first)
                 watcher.advance("windows")
         if self.kept == rows:
+            source.close()
             self._source = None
 
     def logits(self, index: int) -> torch.Tensor:
@@ -75,3 +77,5 @@ class KeptLogits(Logits):
         """Give the file's space back."""
         if self._file is not None:
             self._file.close()
+        if self._source is not None:
+            self._source.close()

@@ -28,6 +28,7 @@ class Teacher:
         directory: where hidden states go that do not fit into `memory_gib` GiB.
         watcher: hears of each block that is done.
         processes: those that stop together; each has batches of its own.
+        title: what the watcher hears.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Teacher:
         watcher: Watcher,
         memory_gib: float,
         processes: Processes = ALONE,
+        title: str = "teacher",
     ) -> None:
         self._skeleton, self._batches = skeleton, batches
         (self._last,), calls = streams.start(skeleton, batches, [f"teacher-{processes.rank}"], directory, memory_gib, watcher)
-        watcher.begin("teacher", len(skeleton.blocks))
+        watcher.begin(title, len(skeleton.blocks))
         for block in range(len(skeleton.blocks)):
             processes.checkpoint()
             skeleton.materialize(block)
