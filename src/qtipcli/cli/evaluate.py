@@ -49,7 +49,7 @@ def evaluate(
         )  # fmt: skip
         return
     from qtipcli.errors import SettingsError
-    from qtipcli.stages import measure
+    from qtipcli.stages import card, measure
 
     if len(directories) > 1:
         raise SettingsError(f"{len(directories)} models are given and one is evaluated", "say --compare to compare them")
@@ -57,6 +57,7 @@ def evaluate(
         raise SettingsError(f"--{option.replace('_', '-')} belongs to a comparison", "say --compare, and give several models")
     with Display() as display:
         result = measure.run(directories[0], base, data, context, windows, dtype, trust_remote_code, display).as_json()
+        card.record(directories[0], base, result, display)
     if as_json:
         print_json(result)
         return
