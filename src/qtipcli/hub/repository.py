@@ -17,7 +17,6 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
-    constants,
     get_token,
 )
 from huggingface_hub.errors import (
@@ -135,7 +134,7 @@ class Repository:
                 if isinstance(file, RepoFile)
             }
 
-        return self._ask("list", listed)
+        return self._ask("list", listed, tries_again=False)  # huggingface_hub does
 
     def check_card(self, text: str) -> None:
         """Let the Hub look at a card before anything is sent. Raises QtipError where it refuses its metadata."""

@@ -237,6 +237,8 @@ class _Packer:
         config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
         if any(f"{name}.weight" in self.skeleton.untied for name in self.layers):
             _untie(config)
+        if "_name_or_path" in config:
+            config["_name_or_path"] = published(config["_name_or_path"])
         own = QtipConfig.from_layouts(layouts, not_converted, provenance)
         config["quantization_config"] = own.to_dict()
         write_text_atomic(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
