@@ -169,7 +169,7 @@ class Loopback:
         self._faults.append(_Fault(method, re.compile(path), status, times, headers))
 
     def hold(self, after_bytes: int, upload: int = 0) -> None:
-        """Stop reading a PUT after so many bytes: set `held`, wait for `resume`, forget it. upload: of the next ones, from 0."""
+        """Stop a PUT after so many bytes: set `held`, wait for `resume`, forget it. upload: of the next ones, from 0."""
         self.held.clear()
         self.resume.clear()
         self._hold = (len(self.uploads) + upload, after_bytes)

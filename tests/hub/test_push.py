@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import push_kills
 from hub.clients import Clients, Ended
 from hub.loopback import Loopback
 from safetensors.torch import load_file
@@ -326,3 +327,12 @@ def test_the_token_is_in_no_output_and_in_no_file(hub, client, model):
             assert not file.is_file() or b"hf_writer_token" not in file.read_bytes(), file
     for content, _ in hub.tree(NAME).values():
         assert b"hf_writer_token" not in content
+
+
+@pytest.mark.slow
+def test_a_push_of_200_megabytes_killed_five_times_sends_no_file_twice(model, tmp_path):
+    push_kills.enlarge(model, 200)
+    figures = push_kills.run(model, 5, tmp_path)
+    assert figures["statuses"] == [0, 0] and figures["commits"] == 1
+    assert figures["files_sent_twice"] == 0 and figures["cut_off_uploads"] == 5
+    assert figures["equal_files"] == figures["files"] - 1  # all but the card, which says where it was pushed

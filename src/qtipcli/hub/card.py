@@ -67,7 +67,7 @@ class CardFacts:
     """What a card says.
 
     Attributes:
-        name: of the model; base_model: a hub name, or a folder's name.
+        base_model: a hub name, or a folder's name.
         bits: mean payload bits of a packed weight; stored_bits: all that is stored of packed layers, a weight.
         parameters, size_bytes: of the whole model.
         groups: the packed layers; left: how many linears are as they were.
@@ -76,7 +76,6 @@ class CardFacts:
         inherited: the INHERITED fields of the base's own card.
     """
 
-    name: str
     base_model: str
     bits: float
     stored_bits: float
@@ -88,6 +87,16 @@ class CardFacts:
     calibration: Mapping[str, Any] | None = None
     tuning: Mapping[str, Any] | None = None
     inherited: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> str:
+        """The payload's rate as names and tags have it."""
+        return f"{round(self.bits, 1):g}"
+
+    @property
+    def name(self) -> str:
+        """What commands call the model's directory unless the user says otherwise; the same wherever it is packed."""
+        return f"{self.base_model.split('/')[-1]}-qtip-{self.rate}bit" + ("" if self.tuning is None else "-tuned")
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def inherited(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def metadata(facts: CardFacts) -> dict[str, Any]:
     """The card's metadata, as the Hub names its fields."""
-    tags = ["qtip", "quantized", "trellis", f"{round(facts.bits, 1):g}-bit"]
+    tags = ["qtip", "quantized", "trellis", f"{facts.rate}-bit"]
     if facts.tuning is not None:
         tags.append("fine-tuned")
     return {

@@ -187,12 +187,14 @@ class Repository:
             except Exception as error:  # the HTTP client's errors are of another package with each version of huggingface_hub
                 cause = _cause(error)
                 if wait is None or not _may_pass(cause, patient=what != "whoami"):
-                    raise self._explained(cause, what, tried) from error
+                    if (explained := self._explained(cause, what, tried)) is None:
+                        raise
+                    raise explained from error
                 time.sleep(max(wait, _asked_wait(cause)))
         raise AssertionError("the last try returns or raises")
 
-    def _explained(self, error: Exception, what: str, tried: int) -> Exception:
-        """The QtipError that says what happened; `error` itself where it is not the Hub's."""
+    def _explained(self, error: Exception, what: str, tried: int) -> QtipError | None:
+        """The QtipError that says what happened; None where `error` is not the Hub's or the network's."""
         status = _status(error)
         said = self._without_token(_said(error))
         tries = f" ({tried} tries)" if tried > 1 else ""
@@ -217,7 +219,7 @@ class Repository:
             return QtipError(f"{endpoint} cannot be reached{tries}: {said or type(error).__name__}", hint)
         if isinstance(error, ValueError) and what in ("card", "commit"):
             return QtipError(f"the Hub does not accept the card: {said}", "mend the lines between --- at the head of README.md")
-        return error
+        return None
 
     def _without_token(self, text: str) -> str:
         token = self._api.token

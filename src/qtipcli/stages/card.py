@@ -30,7 +30,6 @@ _UNREMARKABLE = ("seed", "bits", "skip", "layers")
 
 def write(
     directory: Path,
-    name: str,
     config: QtipConfig,
     record: Mapping[str, Any],
     index: Mapping[str, Any],
@@ -38,7 +37,7 @@ def write(
 ) -> None:
     """Write the card of a packed model to `directory`, for the first time.
 
-    name: what the model is called. record, index: what qtip.json and the index say. inherited: see `inherited_from`.
+    record, index: what qtip.json and the index say. inherited: see `inherited_from`.
     Raises StorageError.
     """
     layouts = config.layouts()
@@ -46,7 +45,6 @@ def write(
     settings = (record.get("job") or record.get("quantize") or {}).get("settings", {})
     totals = index.get("metadata", {})
     facts = card.CardFacts(
-        name=name,
         base_model=str(config.provenance.get("base_model", "unknown")),
         bits=sum(layout.spec.bits * layout.weights for layout in layouts.values()) / weights if weights else 0.0,
         stored_bits=config.bits_per_weight,

@@ -74,7 +74,7 @@ def run(
         return out
     refuse_occupied(out, force)
     with written_whole(out) as partial:
-        _Packer(source, job, partial, watcher, provenance or {}).run(out.name, max_shard_size)
+        _Packer(source, job, partial, watcher, provenance or {}).run(max_shard_size)
     return out
 
 
@@ -176,7 +176,7 @@ class _Packer:
             self.shard_of |= dict.fromkeys(report["layers"], key)
             self.tuned |= dict.fromkeys(report.get("tuned", ()), key)
 
-    def run(self, name: str, max_shard_size: str) -> None:
+    def run(self, max_shard_size: str) -> None:
         plan = self._plan()
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
         self.watcher.begin("pack", len(split.filename_to_tensors))
@@ -192,7 +192,7 @@ class _Packer:
             "metadata": {"total_size": split.metadata["total_size"], "total_parameters": self._parameters()},
             "weight_map": split.tensor_to_filename,
         }
-        card.write(self.directory, name, config, record, index, card.inherited_from(self.source.directory, self.watcher))
+        card.write(self.directory, config, record, index, card.inherited_from(self.source.directory, self.watcher))
         if self._is_local():
             where = {"base_model": str(self.source.directory.absolute())}
             write_text_atomic(self.directory / LOCAL_FILE, json.dumps(where) + "\n")

@@ -105,12 +105,12 @@ class PackedDirectory:
             kept = {"format": "qtip", "quantize": before.get("job", before.get("quantize")), "layers": before.get("layers", {})}
             kept |= {name: before[name] for name in ("calibration",) if name in before}
             write_record(partial, {**kept, **published(dict(record))})
-            self._write_card(out.name, partial, {**kept, **record})
+            self._write_card(partial, {**kept, **record})
             for name in (LOCAL_FILE, INDEX_FILE):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copyfile(self.path / name, partial / name)
 
-    def _write_card(self, name: str, partial: Path, record: Mapping[str, Any]) -> None:
+    def _write_card(self, partial: Path, record: Mapping[str, Any]) -> None:
         index_file = self.path / INDEX_FILE
         index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
-        card.write(partial, name, read_config(partial), record, index, card.inherited_from(self.path, Silent()))
+        card.write(partial, read_config(partial), record, index, card.inherited_from(self.path, Silent()))
