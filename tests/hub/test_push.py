@@ -202,6 +202,9 @@ def test_shards_of_an_earlier_push_go_and_those_of_another_model_are_not_touched
     before = len(hub.requests)
     complaint(client.qtip("push", model, NAME), "another model's weights", "model-00001-of-00001.safetensors", "--revision")
     assert not [path for method, path in hub.requests[before:] if method == "PUT" or "/commit/" in path]
+    url_of(client.qtip("push", model, NAME, "--revision", "2bit"))
+    assert "model-00001-of-00001.safetensors" not in hub.tree(NAME, "2bit")
+    assert hub.tree(NAME) == {"model-00001-of-00001.safetensors": (b"mine", True)}  # main keeps its own
 
 
 def test_a_pull_request_changes_no_branch_and_may_go_to_others(hub, client, model):

@@ -179,7 +179,7 @@ def pack_command(
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Pack a finished quantize job: shards, config, tokenizer and checksums, the index last."""
+    """Pack a finished quantize job: shards, config, tokenizer, card and checksums, the index last."""
     pushing.check(push_to)
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pack

@@ -170,16 +170,21 @@ class _Push:
             )
 
     def _stale(self, remote: Mapping[str, RemoteFile]) -> list[str]:
-        """Weights of an earlier push that this one replaces: transformers might read them in the place of the new ones."""
+        """Weights that this push replaces: transformers might read them in the place of the new ones.
+
+        Those of an earlier push, or of the main branch, which keeps them. Raises QtipError where they are neither.
+        """
         names = {file.name for file in self.local}
         stale = [path for path in remote if "/" not in path and pack.is_weight(Path(path)) and path not in names]
         if stale and pack.RECORD_FILE not in remote:
-            raise QtipError(
-                f"{self.repository.name} at {self.revision} holds another model's weights: {stale[0]}",
-                "choose another repository, or --revision NAME of an empty branch",
-            )
+            main = {} if self.revision == MAIN else self.repository.files(MAIN)
+            if foreign := [path for path in stale if main.get(path) != remote[path]]:
+                raise QtipError(
+                    f"{self.repository.name} at {self.revision} holds another model's weights: {foreign[0]}",
+                    "choose another repository, or --revision NAME of a new branch",
+                )
         for path in stale:
-            self.watcher.note(f"{path} is of an earlier push, and is deleted from {self.repository.name}")
+            self.watcher.note(f"{path} is another model's, and goes from {self.repository.name} at {self.revision}")
         return stale
 
 
