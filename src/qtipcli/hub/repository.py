@@ -43,6 +43,7 @@ MAIN = "main"
 _PULL_REQUEST = "refs/pr/"
 _TOKENS = "https://huggingface.co/settings/tokens"
 _AGAIN = "give the same command again later: what the Hub has is not sent twice"
+_MEND = "mend what it objects to, then give the same command again"
 
 Result = TypeVar("Result")
 
@@ -213,7 +214,7 @@ class Repository:
         if status in PASSING:
             return QtipError(f"{endpoint} answers with status {status} to {what} of {self.name}{tries}: {said}", _AGAIN)
         if status is not None:
-            return QtipError(f"{endpoint} refuses {what} of {self.name} with status {status}: {said}", _AGAIN)
+            return QtipError(f"{endpoint} refuses {what} of {self.name} with status {status}: {said}", _MEND)
         if _is_network(error):
             hint = f"check the network and HF_ENDPOINT, then {_AGAIN}"
             return QtipError(f"{endpoint} cannot be reached{tries}: {said or type(error).__name__}", hint)
