@@ -146,7 +146,8 @@ def test_a_job_that_lost_them_makes_the_same_bytes_again(kind: str, qtip: Qtip, 
     oracle = snapshot(where / "out")
     shutil.rmtree(where / "out")
     ledger = where / "out.job" / "ledger.jsonl"
-    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[: -len(SHARDS[kind])]))
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(line for line in lines if json.loads(line)["key"] not in SHARDS[kind]))
     with pytest.raises(QtipError, match=f"not finished: the {SHARDS[kind][0]} is missing"):
         pack.run(ModelSource.open(model), where / "out.job", where / "out", watcher=Silent())
     command = ("quantize", model, *FAST_OPTIONS, *OPTIONS[kind], "--data", text, "--out", "out", "--hessians", "hessians")

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from qtipcli.cli import options
+from qtipcli.cli import push as pushing
 from qtipcli.cli.bench import bench_app
 from qtipcli.cli.display import Display, print_json, print_table
 from qtipcli.cli.evaluate import evaluate
@@ -129,6 +130,7 @@ def quantize(
         bool | None, typer.Option("--fast/--exact", help="Let the first encoder pass see half the ring only.")
     ] = None,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Pack when all layers are rounded.")] = True,
+    push_to: options.PushTo = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -147,6 +149,7 @@ def quantize(
     calibration = chosen.calibrate.model_dump(exclude_defaults=True) | options.given(
         data=data, samples=samples, context=context, seed=seed
     )
+    pushing.check(push_to, pack)
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pipeline
 
@@ -161,7 +164,7 @@ def quantize(
             result = pipeline.allocate_model(
                 source, calibration, settings, allocation, where, measured, target, display, force, pack
             )
-    _summarize(result, as_json) if pack else print(result)
+    _summarize(result, as_json, push_to) if pack else print(result)
 
 
 @app.command("pack")
@@ -170,19 +173,21 @@ def pack_command(
     job: Annotated[Path, typer.Argument(help="The finished run directory of `qtip quantize`: OUT.job.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the packed model goes.", show_default=False)],
     max_shard_size: Annotated[str, typer.Option(help="Of each safetensors file.")] = "5GB",
+    push_to: options.PushTo = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Pack a finished quantize job: shards, config, tokenizer and checksums, the index last."""
+    """Pack a finished quantize job: shards, config, tokenizer, card and checksums, the index last."""
+    pushing.check(push_to)
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pack
 
     source = ModelSource.open(model, revision, trust_remote_code)
     with Display() as display:
         pack.run(source, job, out, force, max_shard_size, display)
-    _summarize(out, as_json)
+    _summarize(out, as_json, push_to)
 
 
 app.command("finetune")(finetune)
@@ -223,6 +228,9 @@ def inspect(
     _report(inspect.run(directory), as_json)
 
 
+app.command("push")(pushing.push)
+
+
 @app.command()
 def doctor(as_json: options.Json = False) -> None:
     """Say what this machine can run, with versions."""
@@ -257,14 +265,17 @@ def demo(
 app.add_typer(bench_app, name="bench")
 
 
-def _summarize(directory: Path, as_json: bool) -> None:
+def _summarize(directory: Path, as_json: bool, push_to: str | None) -> None:
     from qtipcli.stages import inspect
 
     report = inspect.run(directory)
+    report |= pushing.after(directory, push_to, report)
     if as_json:
         print_json(report)
         return
     print(f"{directory}: {report['bits_per_weight']:.3f} bits per weight as stored, {report['bytes'] / 1e6:.2f} MB in all")
+    if "pushed" in report:
+        print(report["pushed"])
 
 
 def _report(report: dict[str, Any], as_json: bool) -> None:

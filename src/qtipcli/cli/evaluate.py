@@ -92,14 +92,16 @@ def _one(
     directories: list[str], as_json: bool, contexts: list[int], cache_gib: float | None, own: dict[str, Any], **shared: Any
 ) -> dict[str, Any]:
     from qtipcli.errors import SettingsError
-    from qtipcli.stages import measure
+    from qtipcli.stages import card, measure
 
     if len(directories) > 1:
         raise SettingsError(f"{len(directories)} models are given and one is evaluated", "say --compare to compare them")
     keeping = measure.Keeping(cache_gib, own.pop("cache", None))
     with Display() as display:
         result = measure.run_all(directories[0], contexts=contexts, keeping=keeping, watcher=display, **own, **shared)
-    found = result.as_json()
+        found = result.as_json()
+        for row in found["rows"]:
+            card.record(directories[0], base, row, display)
     if as_json:
         print_json(found)
         return found

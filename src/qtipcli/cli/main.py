@@ -72,4 +72,5 @@ def _prepare_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # some of its bars ask for themselves whether to be shown
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

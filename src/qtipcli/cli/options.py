@@ -23,6 +23,7 @@ Force = Annotated[bool, typer.Option("--force", help="Start again over what is t
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+PushTo = Annotated[str | None, typer.Option(metavar="USER/REPO", help="Push the packed model to the Hub when it is done.")]
 PresetName = Annotated[str | None, typer.Option("--preset", help="A preset of configs/ by name, or a YAML file.")]
 
 

@@ -14,6 +14,7 @@ from qtipcli.config import BlockTuning, CalibrationSettings, EndTuning, Finetune
 from qtipcli.data.text import CALIBRATION_DATA
 from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError, SettingsError
+from qtipcli.hub.published import published
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
 from qtipcli.job.interrupt import interruptible
@@ -122,7 +123,7 @@ class _Run:
             self.watcher.note(f"a step's {min(batches)} windows do not divide evenly among {count} processes: some will wait")
 
     def record(self) -> dict[str, Any]:
-        return {"finetune": {"settings": self.frozen, "fingerprint": self.fingerprint}}
+        return {"finetune": {"settings": published(self.frozen), "fingerprint": self.fingerprint}}
 
     def is_written(self) -> bool:
         """Whether `out` is the whole result of this very run."""
@@ -254,7 +255,9 @@ class _Run:
 
 
 def original_of(packed: Path) -> str:
-    """The original model's name, from a packed directory's provenance. Raises QtipError where it says nothing."""
+    """Where the original model lies, or its name, as a packed directory knows it. Raises QtipError where it says nothing."""
+    if (local := pack.local_original(packed)) is not None:
+        return local
     name = PackedDirectory(packed).config.provenance.get("base_model")
     if not isinstance(name, str):
         raise QtipError(f"{packed} does not say which model it was made from", "give the original with --base MODEL")

@@ -17,6 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
 from qtipcli.hub.config import QtipConfig
+from qtipcli.hub.published import model_name, published
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.files import sha256_file, write_text_atomic
 from qtipcli.job.fingerprint import fingerprint_model
@@ -24,7 +25,7 @@ from qtipcli.job.interrupt import checkpoint, interruptible
 from qtipcli.job.shards import write_shard
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import outer, quantize
+from qtipcli.stages import card, outer, quantize
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.progress import Silent, Watcher
 
@@ -35,7 +36,14 @@ INDEX_FILE = "model.safetensors.index.json"
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
-NOT_COPIED = ("config.json", RECORD_FILE, "README.md")
+LOCAL_FILE = ".qtip-local.json"
+"""What only this machine needs to know, and what is never published: where the original lies."""
+
+NOT_COPIED = ("config.json", RECORD_FILE, *card.CHANGING)
+
+OTHER_COPIES = ("onnx", "openvino", "original", "coreml", "__pycache__")
+"""Folders of a repository that hold the model for another program, or nothing of it."""
+
 
 EMPTY_WEIGHT_DTYPE = torch.bfloat16
 
@@ -121,6 +129,15 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def local_original(directory: Path) -> str | None:
+    """Where on this machine the original of a packed directory was, if it is still there."""
+    try:
+        where = json.loads((directory / LOCAL_FILE).read_text(encoding="utf-8"))["base_model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return where if isinstance(where, str) and Path(where).is_dir() else None
+
+
 def packed_from(out: Path, job: RunDirectory) -> bool:
     """Whether `out` is whole and was made by this job, as it is now."""
     if not (out / INDEX_FILE).is_file():
@@ -130,7 +147,7 @@ def packed_from(out: Path, job: RunDirectory) -> bool:
 
 
 def _job_record(job: RunDirectory) -> dict[str, Any]:
-    return {"settings": job.settings, "fingerprint": job.fingerprint}
+    return {"settings": published(job.settings), "fingerprint": job.fingerprint}
 
 
 class _Packer:
@@ -140,7 +157,9 @@ class _Packer:
         self, source: ModelSource, job: RunDirectory, directory: Path, watcher: Watcher, provenance: Mapping[str, Any]
     ) -> None:
         self.source, self.job, self.directory, self.watcher = source, job, directory, watcher
-        self.provenance = dict(provenance)
+        self.provenance = published(dict(provenance))
+        if job.done(quantize.CALIBRATION):
+            self.provenance["calibration"] = published(job.report(quantize.CALIBRATION))
         self.skeleton = Skeleton(source)
         self.layers: dict[str, dict[str, Any]] = {}
         self.left: dict[str, str] = {}
@@ -165,16 +184,22 @@ class _Packer:
             checkpoint()
             write_shard(self.directory / file, {name: self._tensor(name) for name in names})
             self.watcher.advance(file)
-        self._copy_other_files()
-        self._write_config()
-        checksums = {file.name: sha256_file(file) for file in sorted(self.directory.iterdir())}
-        record = {"format": "qtip", "job": _job_record(self.job), **self.provenance, "layers": self.layers, "sha256": checksums}
-        write_text_atomic(self.directory / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+        copy_other_files(self.source.directory, self.directory, NOT_COPIED)
+        config = self._write_config()
+        record = {"format": "qtip", "job": _job_record(self.job), **self.provenance, "layers": self.layers}
+        write_record(self.directory, record)
         index = {
             "metadata": {"total_size": split.metadata["total_size"], "total_parameters": self._parameters()},
             "weight_map": split.tensor_to_filename,
         }
+        card.write(self.directory, config, record, index, card.inherited_from(self.source.directory, self.watcher))
+        if self._is_local():
+            where = {"base_model": str(self.source.directory.absolute())}
+            write_text_atomic(self.directory / LOCAL_FILE, json.dumps(where) + "\n")
         write_text_atomic(self.directory / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _is_local(self) -> bool:
+        return Path(self.source.name).expanduser().is_dir()
 
     def _plan(self) -> dict[str, torch.Tensor]:
         """Every tensor to be stored, on meta: the model's own, and for each packed layer its parts in the weight's place."""
@@ -203,26 +228,65 @@ class _Packer:
             return self._packed(layer)[leaf]
         return self.skeleton.read(name)
 
-    def _copy_other_files(self) -> None:
-        """Tokenizer, chat template, generation config, licence: all but weights, index, config and the base's own card."""
-        for file in sorted(self.source.directory.iterdir()):
-            is_weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-            if file.is_file() and not is_weight and file.name not in NOT_COPIED and not file.name.startswith("."):
-                shutil.copyfile(file, self.directory / file.name)
-
-    def _write_config(self) -> None:
+    def _write_config(self) -> QtipConfig:
         linears = [name for name, module in self.skeleton.model.named_modules() if type(module) is torch.nn.Linear]
         not_converted = {name: self.left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
         layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
-        provenance = {"base_model": self.source.name, "settings": self.job.settings, **self.provenance}
+        base = model_name(self.source.directory) if self._is_local() else self.source.name
+        provenance = {"base_model": base, "settings": published(self.job.settings), **self.provenance}
         config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
         if any(f"{name}.weight" in self.skeleton.untied for name in self.layers):
             _untie(config)
-        config["quantization_config"] = QtipConfig.from_layouts(layouts, not_converted, provenance).to_dict()
+        if "_name_or_path" in config:
+            config["_name_or_path"] = published(config["_name_or_path"])
+        own = QtipConfig.from_layouts(layouts, not_converted, provenance)
+        config["quantization_config"] = own.to_dict()
         write_text_atomic(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
+        return own
 
     def _parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.skeleton.model.parameters())
+
+
+def copy_other_files(model: Path, out: Path, without: tuple[str, ...]) -> None:
+    """Copy what belongs to a model besides its weights: tokenizer, chat templates, processor, generation config, licence.
+
+    All but weights, indexes and hidden files, and at the top the names in `without`. A folder with weights or a config of its
+    own is another model, or this one for another program, and stays behind.
+    """
+    for file in sorted(model.iterdir()):
+        if file.name.startswith(".") or is_weight(file):
+            continue
+        if file.is_dir():
+            if _belongs(file):
+                (out / file.name).mkdir()
+                copy_other_files(file, out / file.name, ())
+        elif file.name not in without:
+            shutil.copyfile(file, out / file.name)
+
+
+def is_weight(file: Path) -> bool:
+    """Whether a file holds weights, or says where they are."""
+    return file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+
+
+def _belongs(folder: Path) -> bool:
+    if folder.name in OTHER_COPIES:
+        return False
+    return not any(is_weight(file) or file.name == "config.json" for file in folder.rglob("*"))
+
+
+def published_files(directory: Path) -> dict[str, Path]:
+    """Path within a packed directory -> file, of all that belongs to the model: hidden files are this machine's own."""
+    files = {file.relative_to(directory): file for file in sorted(directory.rglob("*")) if file.is_file()}
+    return {path.as_posix(): file for path, file in files.items() if not any(part.startswith(".") for part in path.parts)}
+
+
+def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write qtip.json with the checksums of all that is there, but for what may change later. Raises StorageError."""
+    files = {name: file for name, file in published_files(directory).items() if name not in (RECORD_FILE, *card.CHANGING)}
+    checksums = {name: sha256_file(file) for name, file in files.items()}
+    write_text_atomic(directory / RECORD_FILE, json.dumps({**record, "sha256": checksums}, indent=1) + "\n")
 
 
 def _untie(config: dict[str, Any]) -> None:

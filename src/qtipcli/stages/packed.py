@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from qtipcli.errors import QtipError
+from qtipcli.hub.published import published
 from qtipcli.hub.tensors import check_tensors
-from qtipcli.job.files import sha256_file, write_text_atomic
+from qtipcli.job.files import write_text_atomic
 from qtipcli.job.header import read_header
 from qtipcli.job.shards import open_shard, write_shard
 from qtipcli.nn.linear import TrellisLinear
+from qtipcli.stages import card
 from qtipcli.stages.inspect import read_config
-from qtipcli.stages.pack import INDEX_FILE, RECORD_FILE, read_record, written_whole
+from qtipcli.stages.pack import INDEX_FILE, LOCAL_FILE, NOT_COPIED, copy_other_files, read_record, write_record, written_whole
+from qtipcli.stages.progress import Silent
 from qtipcli.stages.tune_blocks import packed_layer
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -92,18 +95,22 @@ class PackedDirectory:
                                 f"{name} was tuned as {changed[name].dtype} {list(changed[name].shape)}, not as it is"
                             )
                     write_shard(partial / file.name, content)
-            for file in sorted(self.path.iterdir()):
-                is_kept = file.is_file() and not file.name.startswith(".") and file.name not in (RECORD_FILE, INDEX_FILE)
-                if is_kept and file not in self._headers:
-                    shutil.copyfile(file, partial / file.name)
+            copy_other_files(self.path, partial, NOT_COPIED)
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             fields = config["quantization_config"]
-            fields["provenance"] = {**fields.get("provenance", {}), **provenance}
+            fields["provenance"] = published({**fields.get("provenance", {}), **provenance})
             write_text_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
-            checksums = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
             before = read_record(self.path) or {}
             # Not under "job": by that the pack stage knows what it made itself.
             kept = {"format": "qtip", "quantize": before.get("job", before.get("quantize")), "layers": before.get("layers", {})}
-            write_text_atomic(partial / RECORD_FILE, json.dumps({**kept, **record, "sha256": checksums}, indent=1) + "\n")
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(self.path / INDEX_FILE, partial / INDEX_FILE)
+            kept |= {name: before[name] for name in ("calibration",) if name in before}
+            write_record(partial, {**kept, **published(dict(record))})
+            self._write_card(partial, {**kept, **record})
+            for name in (LOCAL_FILE, INDEX_FILE):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(self.path / name, partial / name)
+
+    def _write_card(self, partial: Path, record: Mapping[str, Any]) -> None:
+        index_file = self.path / INDEX_FILE
+        index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
+        card.write(partial, read_config(partial), record, index, card.inherited_from(self.path, Silent()))

@@ -47,6 +47,9 @@ STAGE = "quantize"
 MOST_HELDOUT = 64
 """Calibration windows that block tuning never trains on, at most; a fifth where there are few."""
 
+CALIBRATION = "calibration"
+"""The shard, without tensors, whose report says what text the Hessians were made of; last, and absent from older jobs."""
+
 LARGEST_UNSUPPORTED_SHARE = 0.1
 """Share of the blocks' weights that may stay as it is without being asked for: routers and short convolutions, not experts."""
 
@@ -86,6 +89,9 @@ def run(
         stage = _Quantizer(source, settings, calibration, job, watcher)
         stage.run()
         stage.run_outer()
+        if not job.done(CALIBRATION):
+            rows = calibration.report(calibrate.TOKENS)["rows"]
+            job.commit(CALIBRATION, {}, calibration.settings | {"samples": rows})
     return directory
 
 
