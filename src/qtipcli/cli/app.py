@@ -170,6 +170,9 @@ def pack_command(
     job: Annotated[Path, typer.Argument(help="The finished run directory of `qtip quantize`: OUT.job.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the packed model goes.", show_default=False)],
     max_shard_size: Annotated[str, typer.Option(help="Of each safetensors file.")] = "5GB",
+    remote_code: Annotated[
+        bool, typer.Option("--remote-code", help="Add a file that imports qtipcli where trust_remote_code=True is given.")
+    ] = False,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -181,7 +184,7 @@ def pack_command(
 
     source = ModelSource.open(model, revision, trust_remote_code)
     with Display() as display:
-        pack.run(source, job, out, force, max_shard_size, display)
+        pack.run(source, job, out, force, max_shard_size, display, with_code=remote_code)
     _summarize(out, as_json)
 
 

@@ -13,13 +13,19 @@ import torch
 # imports transformers at the same time.
 from transformers.quantizers.auto import HfQuantizer
 
-from qtipcli.errors import QtipError
+from qtipcli.errors import CorruptError, QtipError
+from qtipcli.hub import remote_code
 from qtipcli.hub.config import QtipConfig
-from qtipcli.hub.tensors import check_tensors
+from qtipcli.hub.offload import keep_stored_dtypes
+from qtipcli.hub.tensors import REMEDY, check_tensors
 from qtipcli.nn import fused, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+LOADED = "_is_hf_initialized"
+"""What transformers' loader marks the parameters with that it has found in a file, or tied to one of those."""
 
 
 class QtipHfQuantizer(HfQuantizer):
@@ -30,6 +36,7 @@ class QtipHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_tensor_parallel(model)
+        remote_code.forget(model.config)
         if files := kwargs.get("checkpoint_files"):
             check_tensors(self.quantization_config.layouts(), files)
         # The files carry the names of the class that saved the model; the one being loaded may lack or add a prefix.
@@ -43,9 +50,11 @@ class QtipHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_tensor_parallel(model)
+        _refuse_random_weights(model)
         # The loader makes every floating tensor it sets ask for a gradient.
         for module in swap.packed_modules(model).values():
             module.requires_grad_(False)
+        keep_stored_dtypes(model)
         fused.fuse(model)
         return model
 
@@ -88,6 +97,25 @@ def _refuse_tensor_parallel(model: PreTrainedModel) -> None:
             "packed layers cannot be cut by transformers' tensor parallelism",
             "load with device_map='auto' instead of a tp_plan",
         )
+
+
+def _refuse_random_weights(model: PreTrainedModel) -> None:
+    """Raise CorruptError where a parameter comes from no file, for which transformers draws random numbers and only warns.
+
+    Left to its warning is what the saved model never had: a new head on it, to be trained, that is not the one that predicts
+    tokens. Offloaded parameters are not in memory; the loader fails by itself where it does not find them.
+    """
+    saved = model.config.architectures or [type(model).__name__]
+    inner, head = model.base_model, model.get_output_embeddings()
+    for prefix, module in model.named_modules():
+        is_new = type(model).__name__ not in saved and prefix and not _is_within(module, inner) and module is not head
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (is_new or parameter.is_meta or getattr(parameter, LOADED, False)):
+                raise CorruptError(f"tensor {prefix}.{name} is in none of the model's files, or not in its shape", REMEDY)
+
+
+def _is_within(module: torch.nn.Module, outer: torch.nn.Module) -> bool:
+    return any(module is each for each in outer.modules())
 
 
 def _tied_heads(model: PreTrainedModel, embeddings: list[str]) -> dict[str, str]:
