@@ -12,7 +12,20 @@ import pytest
 from stages.fixtures import Qtip
 from stages.tiny import FAST_OPTIONS, environment
 
-COMMANDS = ["calibrate", "quantize", "pack", "finetune", "eval", "generate", "inspect", "doctor", "demo", "bench"]
+COMMANDS = [
+    "calibrate",
+    "quantize",
+    "pack",
+    "finetune",
+    "eval",
+    "generate",
+    "chat",
+    "serve",
+    "inspect",
+    "doctor",
+    "demo",
+    "bench",
+]
 LOOK = """
 import sys
 from qtipcli.cli.main import _run

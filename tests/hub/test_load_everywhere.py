@@ -1,6 +1,6 @@
-"""A packed model in what transformers offers around from_pretrained: device maps, pipeline, compile, tensor parallelism, its Auto classes.
+"""A packed model in what transformers offers around from_pretrained: device maps, pipeline, compile, tensor parallelism.
 
-The oracle is the model in memory before it was saved, whose logits must come back bit for bit; no load may leave random weights.
+The oracle is the model in memory before it was saved, whose logits must come back bit for bit; no load leaves random weights.
 """
 
 import json
@@ -122,7 +122,8 @@ def test_a_new_head_to_be_trained_is_left_to_transformers_warning(saved):
 
 PARALLEL = """
 import os, sys
-os.environ |= {{"RANK": "{rank}", "LOCAL_RANK": "{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}}
+os.environ |= {{"RANK": "{rank}", "LOCAL_RANK": "{rank}", "WORLD_SIZE": "2"}}
+os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}}
 import qtipcli
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained({directory!r}, tp_plan="auto")

@@ -95,7 +95,9 @@ def test_a_saved_adapter_gives_the_same_bits_on_a_reloaded_model(saved, trained)
 
 
 def test_merging_is_refused_and_the_way_that_is_named_works(saved, trained):
-    packed = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved[0]), trained[0], config=reloaded(trained))
+    packed = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(saved[0]), trained[0], config=reloaded(trained)
+    )
     with pytest.raises(QtipError, match=r"cannot be merged .*dequantize\(\)"):
         packed.merge_and_unload()
     dense = AutoModelForCausalLM.from_pretrained(saved[0])
@@ -112,7 +114,7 @@ def test_what_needs_a_dense_weight_is_refused(options):
 
 
 def test_without_our_config_peft_refuses_by_itself(saved):
-    with pytest.raises(ValueError, match="TrellisLinear.*is not supported"):
+    with pytest.raises(ValueError, match=r"TrellisLinear.*is not supported"):
         peft.get_peft_model(
             AutoModelForCausalLM.from_pretrained(saved[0]), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
         )

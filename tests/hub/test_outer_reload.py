@@ -125,7 +125,7 @@ def test_an_embedding_on_disk_works_unless_a_head_needs_it(outer, tmp_path):
     arguments = {"device_map": places | {EMBEDDING: "disk"}, "offload_folder": tmp_path / "offload"}
     if tied:
         # transformers 5.10.4 fails earlier, where it compares what it would tie; later ones let the head say it.
-        with pytest.raises((QtipError, NotImplementedError), match="without offloading the embedding|aten::equal"):
+        with pytest.raises((QtipError, NotImplementedError), match=r"without offloading the embedding|aten::equal"):
             packed_llama.logits(AutoModelForCausalLM.from_pretrained(directory, **arguments))
     else:
         model = AutoModelForCausalLM.from_pretrained(directory, **arguments)

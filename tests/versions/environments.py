@@ -22,7 +22,10 @@ VERSIONS = ("5.10.4", "5.17.0", "5.24.0")
 DEPENDENCIES = ("huggingface_hub", "tokenizers", "safetensors")
 """What versions of transformers disagree about; each gets the newest that it allows."""
 
-QUIET = ("TOKENIZERS_PARALLELISM=false", "OMP_WAIT_POLICY=PASSIVE", "HF_HUB_OFFLINE=1", "TQDM_DISABLE=1", "HF_HUB_DISABLE_PROGRESS_BARS=1")
+QUIET = dict.fromkeys(("HF_HUB_OFFLINE", "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"), "1") | {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def environment(version: str, folder: Path) -> Path:
@@ -56,7 +59,7 @@ def found(python: Path) -> dict[str, str]:
 def variables() -> dict[str, str]:
     """The variables that tests run under: the checkout importable, no hub."""
     path = os.pathsep.join(str(ROOT / part) for part in ("src", "kernels", "tests"))
-    return os.environ | {"PYTHONPATH": path} | dict(each.split("=") for each in QUIET)
+    return os.environ | {"PYTHONPATH": path} | QUIET
 
 
 def run(python: Path, *arguments: object) -> int:

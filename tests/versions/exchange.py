@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
 from hub import packed_llama
 from hub.test_outer_reload import make as make_outer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 MODELS = {
     "linears": lambda: packed_llama.make()[0],
