@@ -1,4 +1,4 @@
-"""`qtip chat` with piped input: turns, commands, Ctrl-C. The oracle is transformers' own generate on the conversation as written out."""
+"""`qtip chat` with piped input: turns, commands, Ctrl-C. The oracle: transformers' generate on the conversation written out."""
 
 from __future__ import annotations
 

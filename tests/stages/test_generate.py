@@ -1,4 +1,4 @@
-"""Text generation: what is streamed, where it ends, how it is drawn. The oracle is transformers' own generate on the same model."""
+"""Text generation: what is streamed, where it ends, how it is drawn. The oracle is transformers' own generate."""
 
 import json
 import shutil

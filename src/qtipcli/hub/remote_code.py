@@ -15,7 +15,7 @@ from qtipcli.errors import QtipError
 MODULE, CLASS = "configuration_qtip", "QtipAutoConfig"
 REFERENCE = f"{MODULE}.{CLASS}"
 
-SOURCE = f'''"""Makes transformers know the qtip format, for trust_remote_code=True. Needs `pip install qtipcli`; no model code."""
+SOURCE = f'''"""For trust_remote_code=True: registers the qtip format. Needs `pip install qtipcli`; it is no model code."""
 
 from qtipcli import registration
 from transformers import AutoConfig
