@@ -1,4 +1,4 @@
-"""`qtip serve` with a packed model, asked over HTTP as an OpenAI client does. The oracle is transformers' generate on the same model.
+"""`qtip serve` with a packed model, asked over HTTP as an OpenAI client does. The oracle is transformers' generate.
 
 The server's libraries are an extra, so that most of this is skipped where they are not installed.
 """
