@@ -5,6 +5,7 @@ Only hooks that kept their signature through transformers 5 are overridden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,10 +48,11 @@ class QtipHfQuantizer(HfQuantizer):
         heads = _tied_heads(model, [name for name, layout in layouts.items() if layout.embedding])
         _refuse_tied(model, [name for name, layout in layouts.items() if not layout.embedding])
         swap.swap(model, layouts, heads)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_tensor_parallel(model)
-        _refuse_random_weights(model)
+        _refuse_random_weights(model, self._shapes)
         # The loader makes every floating tensor it sets ask for a gradient.
         for module in swap.packed_modules(model).values():
             module.requires_grad_(False)
@@ -99,19 +101,22 @@ def _refuse_tensor_parallel(model: PreTrainedModel) -> None:
         )
 
 
-def _refuse_random_weights(model: PreTrainedModel) -> None:
+def _refuse_random_weights(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> None:
     """Raise CorruptError where a parameter comes from no file, for which transformers draws random numbers and only warns.
 
-    Left to its warning is what the saved model never had: a new head on it, to be trained, that is not the one that predicts
-    tokens. Offloaded parameters are not in memory; the loader fails by itself where it does not find them.
+    shapes: of the parameters before they were loaded; old versions take what is in a file in whatever shape it has.
+    Left to transformers' warning is what the saved model never had: a new head on it, to be trained, that is not the one that
+    predicts tokens. Offloaded parameters are not in memory; the loader fails by itself where it does not find them.
     """
     saved = model.config.architectures or [type(model).__name__]
     inner, head = model.base_model, model.get_output_embeddings()
     for prefix, module in model.named_modules():
         is_new = type(model).__name__ not in saved and prefix and not _is_within(module, inner) and module is not head
-        for name, parameter in module.named_parameters(recurse=False):
-            if not (is_new or parameter.is_meta or getattr(parameter, LOADED, False)):
-                raise CorruptError(f"tensor {prefix}.{name} is in none of the model's files, or not in its shape", REMEDY)
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{own}" if prefix else own
+            is_loaded = parameter.is_meta or getattr(parameter, LOADED, False)
+            if not (is_new or (is_loaded and parameter.shape == shapes.get(name, parameter.shape))):
+                raise CorruptError(f"tensor {name} is in none of the model's files, or not in its shape", REMEDY)
 
 
 def _is_within(module: torch.nn.Module, outer: torch.nn.Module) -> bool:
