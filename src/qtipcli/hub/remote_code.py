@@ -17,10 +17,8 @@ REFERENCE = f"{MODULE}.{CLASS}"
 
 SOURCE = f'''"""For trust_remote_code=True: registers the qtip format. Needs `pip install qtipcli`; it is no model code."""
 
-from qtipcli import registration
+from qtipcli import registration  # noqa: F401, importing qtipcli registers the format
 from transformers import AutoConfig
-
-registration.install()
 
 
 class {CLASS}:
