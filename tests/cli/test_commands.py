@@ -102,6 +102,17 @@ def test_json_is_one_object_on_stdout(qtip: Qtip, quantize: Qtip, packed: Path, 
     assert reports["eval"]["bits_per_weight"] == reports["inspect"]["bits_per_weight"]
 
 
+def test_pack_adds_the_file_for_remote_code_with_its_checksum(qtip: Qtip, packed: Path, tiny_model: Path) -> None:
+    command = ("pack", tiny_model, packed / "out.job", "--remote-code", "--out")
+    assert qtip(*command, "coded").status == 0
+    checked = json.loads(qtip("inspect", "coded", "--json").out)
+    assert checked["checksums"] == json.loads(qtip("inspect", packed / "out", "--json").out)["checksums"] + 1
+    assert json.loads(Path("coded/config.json").read_text())["auto_map"] == {"AutoConfig": "configuration_qtip.QtipAutoConfig"}
+    assert "nothing was done" in qtip(*command, "coded").err
+    # What was packed without it is not changed in silence.
+    assert qtip(*command, packed / "out").status == 2
+
+
 def test_a_plain_report_names_every_layer(qtip: Qtip, packed: Path) -> None:
     outcome = qtip("inspect", packed / "out")
     assert outcome.status == 0

@@ -100,29 +100,31 @@ class Generator:
         ).to(self.model.device)
         given = encoded["input_ids"].shape[1]
         tokens = self._room(given, sampling.tokens)
-        cache = self._cache_for(encoded["input_ids"][0].tolist())
+        kept = self._cache_for(encoded["input_ids"][0].tolist())
         watch = _Watch(self.tokenizer, given, sampling.stop, on_text, stop or Stop())
         started = time.monotonic()
         with torch.no_grad():
             output = self.model.generate(
                 **encoded,
+                **kept,
                 max_new_tokens=tokens,
-                past_key_values=cache,
+                return_dict_in_generate=True,
                 stopping_criteria=[watch],
                 pad_token_id=_padding(self.tokenizer),
                 **sampling.arguments(self.model.generation_config),
             )
         ended = time.monotonic()
         watch.finish()
-        self._cache, self._cached = cache, output[0].tolist()[: cache.get_seq_length()]
-        new = output.shape[1] - given
+        self._keep(output)
+        sequence = output.sequences[0]
+        new = len(sequence) - given
         after_first = ended - watch.first_at
         return Generated(
             prompt=prompt,
             text=watch.text,
             prompt_tokens=given,
             tokens=new,
-            ended=watch.reason or ("length" if new >= tokens and not _is_end(self.model, output[0, -1]) else "eos"),
+            ended=watch.reason or ("length" if new >= tokens and not _is_end(self.model, sequence[-1]) else "eos"),
             seconds_to_first=watch.first_at - started,
             tokens_per_s=(new - 1) / after_first if new > 1 else new / (ended - started),
         )
@@ -138,13 +140,18 @@ class Generator:
             )
         return min(asked, self.context - given)
 
-    def _cache_for(self, ids: list[int]) -> Any:
-        """The keys and values of the last answer where the prompt begins with them, else new ones; taken out of `self`."""
+    def _cache_for(self, ids: list[int]) -> dict[str, Any]:
+        """The last answer's keys and values, as an argument, where the prompt begins with their tokens; they are taken out."""
         cache, self._cache = self._cache, None
         # At least one token must be left to compute.
-        if cache is not None and len(self._cached) < len(ids) and ids[: len(self._cached)] == self._cached:
-            return cache
-        return DynamicCache(config=self.model.config)
+        is_beginning = len(self._cached) < len(ids) and ids[: len(self._cached)] == self._cached
+        return {"past_key_values": cache} if cache is not None and is_beginning else {}
+
+    def _keep(self, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        # Other kinds, of models with a state of another shape, cannot all be gone on from.
+        if isinstance(cache, DynamicCache):
+            self._cache, self._cached = cache, output.sequences[0].tolist()[: cache.get_seq_length()]
 
 
 @dataclass(eq=False)
