@@ -4,7 +4,7 @@ BIN := .venv/bin
 REPORT ?= docs/benchmarks
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-gpu check fix docs bench
+.PHONY: setup demo test test-slow test-versions test-gpu check fix docs bench
 
 setup: .venv/ready
 
@@ -24,6 +24,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The oldest, a middle and the newest transformers (tests/versions/environments.py says which), each in an environment below .venvs.
+test-versions: setup
+	PYTHONPATH=src:kernels:tests $(BIN)/python -m versions
 
 # On a machine with a GPU, uninstalled: needs torch, triton, numba, pytest and transformers in PYTHON, nothing else and no network.
 test-gpu:

@@ -12,7 +12,21 @@ import pytest
 from stages.fixtures import Qtip
 from stages.tiny import FAST_OPTIONS, environment
 
-COMMANDS = ["calibrate", "quantize", "pack", "finetune", "eval", "generate", "inspect", "push", "doctor", "demo", "bench"]
+COMMANDS = [
+    "calibrate",
+    "quantize",
+    "pack",
+    "finetune",
+    "eval",
+    "generate",
+    "chat",
+    "serve",
+    "inspect",
+    "push",
+    "doctor",
+    "demo",
+    "bench",
+]
 LOOK = """
 import sys
 from qtipcli.cli.main import _run
@@ -85,6 +99,17 @@ def test_json_is_one_object_on_stdout(qtip: Qtip, quantize: Qtip, packed: Path, 
     figures = "perplexity base_perplexity perplexity_ratio kl_mean kl_median kl_p99 kl_max top1_agreement tokens protocol"
     assert set(figures.split()) | {"bits_per_weight"} <= reports["eval"].keys()
     assert reports["eval"]["bits_per_weight"] == reports["inspect"]["bits_per_weight"]
+
+
+def test_pack_adds_the_file_for_remote_code_with_its_checksum(qtip: Qtip, packed: Path, tiny_model: Path) -> None:
+    command = ("pack", tiny_model, packed / "out.job", "--remote-code", "--out")
+    assert qtip(*command, "coded").status == 0
+    checked = json.loads(qtip("inspect", "coded", "--json").out)
+    assert checked["checksums"] == json.loads(qtip("inspect", packed / "out", "--json").out)["checksums"] + 1
+    assert json.loads(Path("coded/config.json").read_text())["auto_map"] == {"AutoConfig": "configuration_qtip.QtipAutoConfig"}
+    assert "nothing was done" in qtip(*command, "coded").err
+    # What was packed without it is not changed in silence.
+    assert qtip(*command, packed / "out").status == 2
 
 
 def test_a_plain_report_names_every_layer(qtip: Qtip, packed: Path) -> None:

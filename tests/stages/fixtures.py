@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -87,3 +89,37 @@ def packed(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     with one_thread():
         assert _run([str(part) for part in command]) == 0
     return where
+
+
+TEMPLATE = """{%- for message in messages -%}
+<{{ message.role }}>{{ message.content }}
+{% endfor -%}
+{%- if add_generation_prompt -%}<assistant>{%- endif -%}"""
+"""Of the tiny model that chats; each turn on a line of its own."""
+
+
+@pytest.fixture(scope="session")
+def talking(packed: Path) -> Path:
+    """The packed tiny model with a chat template; read only."""
+    directory = packed / "talking"
+    shutil.copytree(packed / "out", directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+@pytest.fixture
+def interrupted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is pressed when the first piece of each answer is shown."""
+    from qtipcli.stages.generate import Generator
+
+    answer = Generator.answer
+
+    def pressed(self: Generator, prompt: str, sampling: object, on_text: Callable[[str], None], **options: object) -> object:
+        def show(piece: str) -> None:
+            on_text(piece)
+            if not options["stop"].asked:
+                signal.raise_signal(signal.SIGINT)
+
+        return answer(self, prompt, sampling, show, **options)
+
+    monkeypatch.setattr(Generator, "answer", pressed)

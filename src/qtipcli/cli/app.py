@@ -14,6 +14,8 @@ from qtipcli.cli.bench import bench_app
 from qtipcli.cli.display import Display, print_json, print_table
 from qtipcli.cli.evaluate import evaluate
 from qtipcli.cli.finetune import finetune
+from qtipcli.cli.generate import chat, generate
+from qtipcli.cli.serve import PASS_ON, serve
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
 from qtipcli.job import launcher
 
@@ -174,6 +176,9 @@ def pack_command(
     out: Annotated[Path, typer.Option(help="Where the packed model goes.", show_default=False)],
     max_shard_size: Annotated[str, typer.Option(help="Of each safetensors file.")] = "5GB",
     push_to: options.PushTo = None,
+    remote_code: Annotated[
+        bool, typer.Option("--remote-code", help="Add a file that imports qtipcli where trust_remote_code=True is given.")
+    ] = False,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -186,35 +191,15 @@ def pack_command(
 
     source = ModelSource.open(model, revision, trust_remote_code)
     with Display() as display:
-        pack.run(source, job, out, force, max_shard_size, display)
+        pack.run(source, job, out, force, max_shard_size, display, with_code=remote_code)
     _summarize(out, as_json, push_to)
 
 
 app.command("finetune")(finetune)
 app.command("eval")(evaluate)
-
-
-@app.command()
-def generate(
-    directory: Annotated[str, typer.Argument(help="A packed directory, or any causal language model.", show_default=False)],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default=False)],
-    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    as_json: options.Json = False,
-) -> None:
-    """Generate text from a prompt, from packed weights, with the speed it had."""
-    from dataclasses import asdict
-
-    from qtipcli.stages import generate
-
-    stream = None if as_json else lambda text: print(text, end="", flush=True)
-    result = generate.run(directory, prompt, tokens, temperature, seed, stream)
-    if as_json:
-        print_json(asdict(result))
-        return
-    print()
-    Display().note(f"{result.tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("serve", context_settings=PASS_ON)(serve)
 
 
 @app.command()

@@ -101,7 +101,7 @@ def _one(
         result = measure.run_all(directories[0], contexts=contexts, keeping=keeping, watcher=display, **own, **shared)
         found = result.as_json()
         for row in found["rows"]:
-            card.record(directories[0], base, row, display)
+            card.record(directories[0], shared["base"], row, display)
     if as_json:
         print_json(found)
         return found

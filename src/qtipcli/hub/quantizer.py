@@ -5,7 +5,7 @@ Only hooks that kept their signature through transformers 5 are overridden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,19 @@ import torch
 # imports transformers at the same time.
 from transformers.quantizers.auto import HfQuantizer
 
-from qtipcli.errors import QtipError
+from qtipcli.errors import CorruptError, QtipError
+from qtipcli.hub import remote_code
 from qtipcli.hub.config import QtipConfig
-from qtipcli.hub.tensors import check_tensors
+from qtipcli.hub.offload import keep_stored_dtypes
+from qtipcli.hub.tensors import REMEDY, check_tensors
 from qtipcli.nn import fused, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+LOADED = "_is_hf_initialized"
+"""What transformers' loader marks the parameters with that it has found in a file, or tied to one of those."""
 
 
 class QtipHfQuantizer(HfQuantizer):
@@ -32,6 +38,7 @@ class QtipHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_tensor_parallel(model)
+        remote_code.forget(model.config)
         self.place_modules(model, kwargs.get("checkpoint_files"))
 
     def place_modules(self, model: PreTrainedModel, files: Sequence[str | Path] | None) -> None:
@@ -50,12 +57,15 @@ class QtipHfQuantizer(HfQuantizer):
         heads = _tied_heads(model, [name for name, layout in layouts.items() if layout.embedding])
         _refuse_tied(model, [name for name, layout in layouts.items() if not layout.embedding])
         swap.swap(model, layouts, heads)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_tensor_parallel(model)
+        _refuse_random_weights(model, self._shapes)
         # The loader makes every floating tensor it sets ask for a gradient.
         for module in swap.packed_modules(model).values():
             module.requires_grad_(False)
+        keep_stored_dtypes(model)
         fused.fuse(model)
         return model
 
@@ -98,6 +108,28 @@ def _refuse_tensor_parallel(model: PreTrainedModel) -> None:
             "packed layers cannot be cut by transformers' tensor parallelism",
             "load with device_map='auto' instead of a tp_plan",
         )
+
+
+def _refuse_random_weights(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise CorruptError where a parameter comes from no file, for which transformers draws random numbers and only warns.
+
+    shapes: of the parameters before they were loaded; old versions take what is in a file in whatever shape it has.
+    Left to transformers' warning is what the saved model never had: a new head on it, to be trained, that is not the one that
+    predicts tokens. Offloaded parameters are not in memory; the loader fails by itself where it does not find them.
+    """
+    saved = model.config.architectures or [type(model).__name__]
+    inner, head = model.base_model, model.get_output_embeddings()
+    for prefix, module in model.named_modules():
+        is_new = type(model).__name__ not in saved and prefix and not _is_within(module, inner) and module is not head
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{own}" if prefix else own
+            is_loaded = parameter.is_meta or getattr(parameter, LOADED, False)
+            if not (is_new or (is_loaded and parameter.shape == shapes.get(name, parameter.shape))):
+                raise CorruptError(f"tensor {name} is in none of the model's files, or not in its shape", REMEDY)
+
+
+def _is_within(module: torch.nn.Module, outer: torch.nn.Module) -> bool:
+    return any(module is each for each in outer.modules())
 
 
 def _tied_heads(model: PreTrainedModel, embeddings: list[str]) -> dict[str, str]:

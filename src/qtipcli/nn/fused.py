@@ -35,7 +35,7 @@ def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
         layout = layer.layout
         key = (name.rpartition(".")[0], layout.in_features, layout.spec, layout.transform_in, layer.trellis.device)
         alike = groups.setdefault(key, [])
-        group = next((group for group in alike if _same_input_side(layers[group[0]], layer)), None)
+        group = next((group for group in alike if same_input(layers[group[0]], layer)), None)
         if group is None:
             alike.append([name])
         else:
@@ -224,6 +224,8 @@ def _immovable(layer: TrellisLinear) -> bool:
     return any(parameter is not None and (parameter.is_meta or parameter.is_inference()) for parameter in read)
 
 
-def _same_input_side(first: TrellisLinear, second: TrellisLinear) -> bool:
+def same_input(first: TrellisLinear, second: TrellisLinear) -> bool:
+    """Whether two layers have the same input side, bit for bit, and the same code, so that one product serves both."""
+    sides = ((layer.layout.in_features, layer.layout.spec, layer.layout.transform_in) for layer in (first, second))
     pairs = ((first.scale_in, second.scale_in), (first.lut, second.lut))
-    return all(a is b or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs)
+    return next(sides) == next(sides) and all(a is b or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs)

@@ -12,6 +12,7 @@ from qtipcli.job.files import write_text_atomic
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import generate, inspect, measure, pipeline
 from qtipcli.stages.progress import Watcher
+from qtipcli.stages.sampling import Sampling
 
 MODEL = Path(__file__).parents[1] / "demo" / "model"
 """The embedded model: Llama architecture, trained on Python's standard library (docs/benchmarks/demo-model.md)."""
@@ -69,7 +70,7 @@ def source_bytes(source: ModelSource) -> dict[str, int]:
 
 
 def _sample(name: str, directory: Path) -> dict[str, Any]:
-    generated = generate.run(directory, PROMPT, tokens=40)
+    generated = generate.run(directory, PROMPT, Sampling(tokens=40, temperature=0.0))
     return {"model": name, "text": generated.text, "tokens_per_s": generated.tokens_per_s}
 
 

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
+from qtipcli.hub import remote_code
 from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.published import model_name, published
 from qtipcli.job.directory import RunDirectory
@@ -56,10 +57,12 @@ def run(
     max_shard_size: str = "5GB",
     watcher: Watcher | None = None,
     provenance: Mapping[str, Any] | None = None,
+    with_code: bool = False,
 ) -> Path:
     """Write `out` from the finished job in `job_directory`; returns it.
 
     provenance: what config.json and qtip.json are to say besides about how the model was made, in JSON types.
+    with_code: add the file that imports qtipcli for who loads with trust_remote_code=True (hub.remote_code).
     Nothing is done where `out` was already packed from this very job, unless `force` is given. Raises SettingsError where it
     holds something else and `force` is not given, CorruptError where a shard of the job is damaged, QtipError where the job is
     unfinished or of another model.
@@ -69,12 +72,12 @@ def run(
     job = RunDirectory.load(job_directory, quantize.STAGE)
     if job.fingerprint["model"] != fingerprint_model(source.directory):
         raise QtipError(f"{job_directory} is a job of another model than {source.name}", "give the model it was started with")
-    if packed_from(out, job) and not force:
+    if packed_from(out, job) and not force and (remote_code.is_in(out) or not with_code):
         watcher.note(f"{out} is complete already: nothing was done")
         return out
     refuse_occupied(out, force)
     with written_whole(out) as partial:
-        _Packer(source, job, partial, watcher, provenance or {}).run(max_shard_size)
+        _Packer(source, job, partial, watcher, provenance or {}, with_code).run(max_shard_size)
     return out
 
 
@@ -154,12 +157,19 @@ class _Packer:
     """One run of the stage, into an empty directory."""
 
     def __init__(
-        self, source: ModelSource, job: RunDirectory, directory: Path, watcher: Watcher, provenance: Mapping[str, Any]
+        self,
+        source: ModelSource,
+        job: RunDirectory,
+        directory: Path,
+        watcher: Watcher,
+        provenance: Mapping[str, Any],
+        with_code: bool,
     ) -> None:
         self.source, self.job, self.directory, self.watcher = source, job, directory, watcher
         self.provenance = published(dict(provenance))
         if job.done(quantize.CALIBRATION):
             self.provenance["calibration"] = published(job.report(quantize.CALIBRATION))
+        self.with_code = with_code
         self.skeleton = Skeleton(source)
         self.layers: dict[str, dict[str, Any]] = {}
         self.left: dict[str, str] = {}
@@ -241,6 +251,8 @@ class _Packer:
             config["_name_or_path"] = published(config["_name_or_path"])
         own = QtipConfig.from_layouts(layouts, not_converted, provenance)
         config["quantization_config"] = own.to_dict()
+        if self.with_code:
+            config = remote_code.add(self.directory, config)
         write_text_atomic(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
         return own
 
