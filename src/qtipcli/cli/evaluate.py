@@ -30,7 +30,7 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="The original model: adds KL divergence, top-1 agreement and ratio.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="wikitext2, c4, a .txt, .jsonl or .parquet file, or owner/name\\[:config] of the hub [wikitext2]."),
+        typer.Option(help="wikitext2, c4, a .txt, .jsonl or .parquet file, or owner/name\\[:config] of the hub \\[wikitext2]."),
     ] = None,
     context: Annotated[
         list[str] | None,

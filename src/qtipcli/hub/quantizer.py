@@ -40,6 +40,7 @@ class QtipHfQuantizer(HfQuantizer):
         _refuse_tensor_parallel(model)
         remote_code.forget(model.config)
         self.place_modules(model, kwargs.get("checkpoint_files"))
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def place_modules(self, model: PreTrainedModel, files: Sequence[str | Path] | None) -> None:
         """Swap unfilled packed modules into `model`, which may be on meta, in place.
@@ -57,7 +58,6 @@ class QtipHfQuantizer(HfQuantizer):
         heads = _tied_heads(model, [name for name, layout in layouts.items() if layout.embedding])
         _refuse_tied(model, [name for name, layout in layouts.items() if not layout.embedding])
         swap.swap(model, layouts, heads)
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_tensor_parallel(model)
