@@ -180,7 +180,7 @@ def test_an_evaluation_changes_the_figures_and_nothing_that_a_user_wrote(out: Pa
     changed = file.read_text()
     kept = json.loads((out / "qtip-eval.json").read_text())["results"]
     assert len(kept) == 1 and kept[0]["base"] == "base" and kept[0]["protocol"]["data"] == "text.txt"
-    for name, value in json.loads(outcome.out).items():
+    for name, value in json.loads(outcome.out)["rows"][0].items():
         assert name == "protocol" or kept[0][name] == value
     assert f"| KL, largest | {kept[0]['kl_max']:.4g} |" in changed and "windows 4, context 32" in changed
     assert card.with_section(changed, card.FIGURES, card.figures([], "base")) == own

@@ -202,13 +202,14 @@ def test_the_command_answers_by_the_chat_template(qtip: Qtip, talking: Path) -> 
 def test_ctrl_c_ends_the_command_with_its_status_and_what_was_said(
     qtip: Qtip, packed: Path, expected: str, interrupted_at_once: None
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     outcome = qtip("generate", packed / "out", "--prompt", PROMPT, "--tokens", 12)
     assert outcome.status == 130
     text = outcome.out.removeprefix(PROMPT).rstrip("\n")
     assert text
     assert expected.startswith(text)
     assert text != expected
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_model_without_a_template_says_what_to_use_instead(qtip: Qtip, packed: Path) -> None:
