@@ -5,6 +5,8 @@ Only hooks that kept their signature through transformers 5 are overridden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from transformers.quantizers.auto import HfQuantizer
 from qtipcli.errors import QtipError
 from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.tensors import check_tensors
-from qtipcli.nn import fused, swap
+from qtipcli.nn import fused, plain, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,11 +29,14 @@ class QtipHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: QtipConfig
+    _replaced: Mapping[str, torch.nn.Module] = MappingProxyType({})
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_tensor_parallel(model)
         if files := kwargs.get("checkpoint_files"):
             check_tensors(self.quantization_config.layouts(), files)
+        # Names in the table of layers are those of linears: also of experts that transformers fuses, and in Conv1D's place.
+        self._replaced = plain.make_plain(model).replaced
         # The files carry the names of the class that saved the model; the one being loaded may lack or add a prefix.
         names = _names_in(model, list(self.quantization_config.layers))
         if any(here != there for here, there in names.items()) or len(names) != len(self.quantization_config.layers):
@@ -54,6 +59,7 @@ class QtipHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         swap.dequantize(model, dtype or model.dtype)
+        plain.restore(model, self._replaced)
         return model
 
     def is_serializable(self) -> bool:

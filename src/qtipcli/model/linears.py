@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from qtipcli.errors import QtipError
 from qtipcli.model.inputs import BlockInput, run_block
 from qtipcli.model.skeleton import Skeleton
+from qtipcli.nn.experts import SeparateExperts
+from qtipcli_kernels.spec import TILE
 
 # Tokens in one product x^T x: bounds the float32 copy of the input (2,048 x 16,384 x 4 bytes = 128 MiB) and fixes the order of
 # the sum, which therefore depends only on how the rows were batched.
@@ -40,8 +42,54 @@ class InputGroup:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block by name, in module order: exactly torch.nn.Linear, since a subclass may compute something else."""
-    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+    """The linears of a block that are to be rounded, by name, in module order.
+
+    Exactly torch.nn.Linear, since a subclass may compute something else; one that computes the same is a torch.nn.Linear in the
+    skeleton. Those that `left_exact` names are not among them.
+    """
+    exact = left_exact(block)
+    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear and name not in exact}
+
+
+def left_exact(block: nn.Module) -> dict[str, str]:
+    """Linears of a block that are never rounded, by name -> why: routers, and those smaller than a tile of the trellis."""
+    found = {name: "router of experts" for name in _routers(block)}
+    for name, module in block.named_modules():
+        if type(module) is nn.Linear and min(module.in_features, module.out_features) < TILE:
+            found.setdefault(name, f"smaller than a tile: {module.out_features} x {module.in_features}")
+    return found
+
+
+def expert_place(block: nn.Module, name: str) -> str | None:
+    """What a linear in an expert has in common with those of the other experts, as `mlp.experts.*.down_proj`.
+
+    None for one in no expert. Experts are SeparateExperts, or a list in the block of modules that hold linears.
+    """
+    parts = name.split(".")
+    for end in range(1, len(parts) - 1):
+        owner = block.get_submodule(".".join(parts[:end]))
+        if isinstance(owner, SeparateExperts | nn.ModuleList) and parts[end].isdigit():
+            return ".".join([*parts[:end], "*", *parts[end + 1 :]])
+    return None
+
+
+def _routers(block: nn.Module) -> list[str]:
+    """Linears beside experts, or alone in a module beside them, with one output for each expert."""
+    found = []
+    for path, module in block.named_modules():
+        if not isinstance(module, SeparateExperts | nn.ModuleList) or len(experts := _experts(module)) < 2:
+            continue
+        parent, _, own = path.rpartition(".")
+        for name, child in block.get_submodule(parent).named_children():
+            linears = [(inner, each) for inner, each in child.named_modules() if type(each) is nn.Linear]
+            if name != own and len(linears) == 1 and linears[0][1].out_features == len(experts):
+                found.append(".".join(part for part in (parent, name, linears[0][0]) if part))
+    return found
+
+
+def _experts(module: nn.Module) -> list[nn.Module]:
+    children = [child for name, child in module.named_children() if name.isdigit()]
+    return [child for child in children if any(type(each) is nn.Linear for each in child.children())]
 
 
 def unsupported(block: nn.Module) -> list[tuple[str, str]]:
@@ -49,7 +97,7 @@ def unsupported(block: nn.Module) -> list[tuple[str, str]]:
 
     Returns:
         (parameter name within the block, why with shape and share of the block's parameters) for each parameter of two or more
-        dimensions that is not in a torch.nn.Linear: experts fused into one tensor, Conv1D, routers, short convolutions.
+        dimensions that is not in a torch.nn.Linear: routers, short convolutions, experts fused in a way that is not known.
     """
     total = sum(parameter.numel() for parameter in block.parameters())
     found = []
@@ -92,7 +140,32 @@ def input_groups(skeleton: Skeleton, index: int, one_input: BlockInput) -> list[
         by_input.setdefault(tuple(identities), []).append(name)
     groups = [InputGroup(tuple(names), linears[names[0]].in_features) for names in by_input.values()]
     idle = [InputGroup((name,), linear.in_features, called=False) for name, linear in linears.items() if name not in seen]
-    return groups + idle
+    return _experts_together(skeleton.blocks[index][1], groups + idle)
+
+
+def _experts_together(block: nn.Module, groups: Sequence[InputGroup]) -> list[InputGroup]:
+    """All experts' groups at one place before those of the next place: none of them depends on another at its place.
+
+    So the quantized prefix runs a block once for each place, not for each expert. Other groups keep their order.
+    """
+    place_of = {name: expert_place(block, name) for name in find_linears(block)}
+    rank = {name: number for number, name in enumerate(place_of)}
+    first: dict[str, int] = {}
+    for name, place in place_of.items():
+        if place is not None:
+            first.setdefault(place, rank[name])
+    layers: dict[str, list[InputGroup]] = {}
+    ordered: list[InputGroup | str] = []
+    for group in groups:
+        place = place_of[group.names[0]]
+        layer = None if place is None else place.partition(".*.")[0]
+        if layer is None or layer not in layers:
+            ordered.append(group if layer is None else layer)
+        if layer is not None:
+            layers.setdefault(layer, []).append(group)
+    for members in layers.values():
+        members.sort(key=lambda group: (first[place_of[group.names[0]] or ""], rank[group.names[0]]))
+    return [group for each in ordered for group in (layers[each] if isinstance(each, str) else [each])]
 
 
 class HessianRecorder:

@@ -111,9 +111,14 @@ def _plain(module: nn.Module, transposed: bool) -> nn.Linear:
     return (linear if weight.is_meta else linear.to_empty(device=weight.device)).train(module.training)
 
 
-@torch.no_grad()
 def _tried(module: nn.Module) -> bool | None:
     """Whether a small twin of the module computes x W^T + b (False), x W + b (True: transposed), or something else (None)."""
+    # A model is built under torch.device("meta"), where nothing has numbers.
+    with torch.no_grad(), torch.device("cpu"):
+        return _tried_on_cpu(module)
+
+
+def _tried_on_cpu(module: nn.Module) -> bool | None:
     own = {leaf: getattr(module, leaf) for leaf in _leaves(module)}
     is_matrix = set(own) in ({"weight"}, {"weight", "bias"}) and own["weight"].ndim == 2
     if not is_matrix or len(list(module.children())) or len(list(module.buffers())) or isinstance(module, nn.Embedding):

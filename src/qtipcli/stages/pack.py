@@ -22,6 +22,7 @@ from qtipcli.job.files import sha256_file, write_text_atomic
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.job.interrupt import checkpoint, interruptible
 from qtipcli.job.shards import write_shard
+from qtipcli.model.linears import left_exact
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import outer, quantize
@@ -212,7 +213,9 @@ class _Packer:
 
     def _write_config(self) -> None:
         linears = [name for name, module in self.skeleton.model.named_modules() if type(module) is torch.nn.Linear]
-        not_converted = {name: self.left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
+        exact = {f"{prefix}.{name}": why for prefix, block in self.skeleton.blocks for name, why in left_exact(block).items()}
+        left = exact | self.left
+        not_converted = {name: left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
         layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
         provenance = {"base_model": self.source.name, "settings": self.job.settings, **self.provenance}
         config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))

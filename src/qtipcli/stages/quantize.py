@@ -35,8 +35,9 @@ from qtipcli.quant.rows import row_sizes, with_row_sizes
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import backward, calibrate, outer, streams
 from qtipcli.stages.calibrate import block_key
+from qtipcli.stages.few_tokens import FEW_TOKENS, Moments, StoredMoments
 from qtipcli.stages.load import default_device
-from qtipcli.stages.prefix import Moments, Prefix
+from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
@@ -199,16 +200,16 @@ class _Quantizer:
         layers: dict[str, Any] = {}
         left: dict[str, str] = {}
         rounded: dict[str, torch.Tensor] = {}
-        groups = [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
+        stored_moments = StoredMoments(self.calibration, index, *self.skeleton.blocks[index])
         if prefix is not None:
-            prefix.enter(index, groups)
-        for names in groups:
+            prefix.enter(index, stored_moments.groups)
+        for names in stored_moments.groups:
             chosen = [name for name in names if not _matches(name, self.settings.skip)]
             left |= {name: "skipped by the settings" for name in names if name not in chosen}
             if not chosen:
                 continue
-            moments = self._moments(index, names, prefix, rounded)
-            if not moments.tokens:
+            moments = prefix.moments(index, names, rounded) if prefix else stored_moments.of(names, self.skeleton.device)
+            if not moments.seen:
                 left |= dict.fromkeys(chosen, "never called in calibration")
                 continue
             started = time.monotonic()
@@ -218,27 +219,28 @@ class _Quantizer:
                 check_finite(f"{name}.weight", weight)
                 if name in moments.missing:
                     weights[name], corrections[name] = corrected(weight, *moments.missing[name])
-            packed = self._round(weights, moments.hessian_II, self._outputs(index, chosen))
+            packed = self._round(weights, moments.mixed(), self._outputs(index, chosen))
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
                 layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
+                layers[name] |= {"tokens": moments.tokens, "shared_hessian": moments.share} if moments.share else {}
                 self._announce(name, layers[name], seconds)
                 if prefix is not None:
                     layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
                     rounded[name] = layer.weight_dense()
                 tensors |= stored
+        self._note_few_tokens(stem, layers)
         return tensors, {"layers": layers, "left": left}
 
-    def _moments(self, index: int, names: list[str], prefix: Prefix | None, rounded: Mapping[str, torch.Tensor]) -> Moments:
-        """Of the input of the group `names` (full names) of block `index`."""
-        if prefix is not None:
-            return prefix.moments(index, names, rounded)
-        key = block_key(index)
-        self.calibration.verify(key)
-        tokens = next(group["tokens"] for group in self.calibration.report(key)["groups"] if group["names"] == names)
-        with self.calibration.open_shard(key) as shard:
-            return Moments(shard.get_tensor(names[0]).to(self.skeleton.device), tokens, {})
+    def _note_few_tokens(self, stem: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
+        few = {name: report["tokens"] for name, report in layers.items() if "shared_hessian" in report}
+        if few:
+            name = min(few, key=few.__getitem__)
+            self.watcher.note(
+                f"{stem[:-1]}: {len(few)} layers of experts saw fewer than {FEW_TOKENS} tokens for each of their inputs, {name} "
+                f"only {few[name]}: the mean Hessian of the experts beside them was mixed in"
+            )
 
     def _round(
         self,
@@ -372,5 +374,5 @@ def _refuse_unsupported(source: ModelSource, skeleton: Skeleton) -> None:
     if found > LARGEST_UNSUPPORTED_SHARE * total:
         raise QtipError(
             f"{100 * found / total:.0f} % of the weights of {source.name} are not in linear layers, such as {first}",
-            "this version quantizes torch.nn.Linear only; fused experts and Conv1D are not supported yet",
+            "only modules that compute as torch.nn.Linear does can be rounded, and experts of the protocol of transformers 5",
         )
