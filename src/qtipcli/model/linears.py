@@ -25,6 +25,9 @@ from qtipcli_kernels.spec import TILE
 # the sum, which therefore depends only on how the rows were batched.
 CHUNK_TOKENS = 2048
 
+LARGEST_UNSUPPORTED_SHARE = 0.1
+"""Share of the blocks' weights that may stay as it is without being asked for: routers and short convolutions, not experts."""
+
 
 @dataclass(frozen=True)
 class InputGroup:
@@ -112,6 +115,24 @@ def unsupported(block: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
+def refuse_unsupported(skeleton: Skeleton) -> None:
+    """Raise QtipError, naming them, where more of the blocks' weights than a router's would be left as they are."""
+    total = found = 0
+    first = ""
+    for prefix, block in skeleton.blocks:
+        sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
+        total += sum(sizes.values())
+        for name, why in unsupported(block):
+            found += sizes[name]
+            first = first or f"{prefix}.{name} ({why})"
+    if found > LARGEST_UNSUPPORTED_SHARE * total:
+        source, kind = skeleton.source, type(skeleton.model).__name__
+        raise QtipError(
+            f"{100 * found / total:.0f} % of the weights of {source.name} are not in linear layers of {kind}, such as {first}",
+            "rounded are modules that compute as torch.nn.Linear does, and experts fused by the protocol of transformers 5",
+        )
+
+
 def input_groups(skeleton: Skeleton, index: int, one_input: BlockInput) -> list[InputGroup]:
     """Runs block `index` once and groups its linears by the identity of what they were called with.
 
@@ -185,11 +206,10 @@ class HessianRecorder:
     """
 
     def __init__(self, block: nn.Module, groups: Sequence[InputGroup], device: torch.device | None = None) -> None:
-        linears = find_linears(block)
-        self._watched = {group.names[0]: linears[group.names[0]] for group in groups}
+        self._watched = {group.names[0]: block.get_submodule(group.names[0]) for group in groups}
         self.sums: dict[str, Tensor] = {}
         for group in groups:
-            where = device or linears[group.names[0]].weight.device
+            where = device or self._watched[group.names[0]].weight.device
             self.sums[group.names[0]] = torch.zeros(group.in_features, group.in_features, device=where)
         self.tokens = dict.fromkeys(self.sums, 0)
         self._hooks: Any = None

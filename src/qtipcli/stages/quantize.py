@@ -23,7 +23,7 @@ from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
-from qtipcli.model.linears import find_linears, unsupported
+from qtipcli.model.linears import find_linears, refuse_unsupported
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource, check_finite
 from qtipcli.nn.layout import PackedLayout
@@ -47,9 +47,6 @@ STAGE = "quantize"
 
 MOST_HELDOUT = 64
 """Calibration windows that block tuning never trains on, at most; a fifth where there are few."""
-
-LARGEST_UNSUPPORTED_SHARE = 0.1
-"""Share of the blocks' weights that may stay as it is without being asked for: routers and short convolutions, not experts."""
 
 
 def run(
@@ -103,7 +100,7 @@ class _Quantizer:
         self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
         for note in self.skeleton.notes:
             watcher.note(note)
-        _refuse_unsupported(source, self.skeleton)
+        refuse_unsupported(self.skeleton)
         self._refuse_unused_patterns()
         self.outer = outer.plan(self.skeleton, settings)
         if outer.needs_head_hessian(self.outer) and not calibration.done(calibrate.HEAD):
@@ -359,20 +356,3 @@ def layout_of(report: Mapping[str, Any]) -> PackedLayout:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _refuse_unsupported(source: ModelSource, skeleton: Skeleton) -> None:
-    """Raise QtipError, naming them, where more of the blocks' weights than a router's would be left as they are."""
-    total = found = 0
-    first = ""
-    for prefix, block in skeleton.blocks:
-        sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
-        total += sum(sizes.values())
-        for name, why in unsupported(block):
-            found += sizes[name]
-            first = first or f"{prefix}.{name} ({why})"
-    if found > LARGEST_UNSUPPORTED_SHARE * total:
-        raise QtipError(
-            f"{100 * found / total:.0f} % of the weights of {source.name} are not in linear layers, such as {first}",
-            "only modules that compute as torch.nn.Linear does can be rounded, and experts of the protocol of transformers 5",
-        )
