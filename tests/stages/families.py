@@ -165,9 +165,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Bamba": ("bamba", _PLAIN | {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}),
     "JetMoE": ("jetmoe", _EXPERTS | {"kv_channels": 16, "num_key_value_heads": 2}),
-    "Kimi Linear": ("kimi_linear", _EXPERTS),
-    "LongCat-Flash": ("longcat_flash", _EXPERTS | _LATENT | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 48}),
-    "RecurrentGemma": ("recurrent_gemma", _PLAIN | {"lru_width": 64, "attention_window_size": 8}),
+    "Kimi Linear": (
+        "kimi_linear",
+        _EXPERTS
+        | _LATENT
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "linear_num_heads": 4,
+            "linear_head_dim": 16,
+        },
+    ),
+    "LongCat-Flash": (
+        "longcat_flash",
+        _EXPERTS
+        | _LATENT
+        | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 1, "moe_topk": 2},
+    ),
+    "RecurrentGemma": ("recurrent_gemma", _PLAIN | {"lru_width": 64, "block_types": ["recurrent", "attention"]}),
     "Mamba": ("mamba", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 4} | _ENDS),
 }
 """Name -> model type, and a config of two small blocks of it. Settings that a type does not know do nothing."""
@@ -191,9 +206,10 @@ class Row:
     refused: str = ""
 
 
-def save(family: str, directory: Path) -> Path:
-    """The family's tiny model as transformers saves it, with a tokenizer. The same bytes on every call."""
+def save(family: str, directory: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """The family's tiny model as transformers saves it, with a tokenizer; `changes` to its config. The same on every call."""
     kind, settings = FAMILIES[family]
+    settings = {**settings, **(changes or {})}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     with torch.no_grad():
@@ -219,7 +235,7 @@ def take_through(family: str, directory: Path) -> Row:
         calibrate.run(source, CalibrationSettings(data=str(text), samples=6, context=32), hessians)
         quantize.run(source, QuantizeSettings(bits=2, state_bits=8, search=False, two_sided=False), hessians, job)
     except QtipError as error:
-        return Row(family, kind, refused=str(error))
+        return Row(family, kind, refused=str(error).replace(source.name, family))
     pack.run(source, job, out)
     loaded = logits_of(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
     expected = logits_of(dequantized(source, RunDirectory.load(job)))
