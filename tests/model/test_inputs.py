@@ -16,7 +16,7 @@ from qtipcli.model.inputs import AfterBlocks, BlockInput, capture_first_inputs, 
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 
-from .tiny_models import CONFIGS, plain_model, token_rows
+from .tiny_models import CONFIGS, FUSED, plain_model, token_rows
 
 Checkpoint = Callable[[str], Path]
 
@@ -41,7 +41,7 @@ def plain_hidden_states(directory: Path, rows: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("label", CONFIGS)
-def test_streamed_hidden_states_are_bitwise_those_of_the_model(checkpoint: Checkpoint, label: str) -> None:
+def test_streamed_hidden_states_are_those_of_the_model(checkpoint: Checkpoint, label: str) -> None:
     rows = token_rows()
     expected = plain_hidden_states(checkpoint(label), rows)
     skeleton = Skeleton(ModelSource.open(checkpoint(label)))
@@ -52,7 +52,10 @@ def test_streamed_hidden_states_are_bitwise_those_of_the_model(checkpoint: Check
         skeleton.materialize(index)
         one_input.hidden = run_block(skeleton, index, one_input)
         skeleton.release(index)
-        assert torch.equal(one_input.hidden, expected[index + 1]), f"block {index}"  # the same operations in the same order
+        if label in FUSED:  # the same products, summed over the experts in another order
+            torch.testing.assert_close(one_input.hidden, expected[index + 1], rtol=1e-5, atol=1e-4)
+        else:
+            assert torch.equal(one_input.hidden, expected[index + 1]), f"block {index}"  # the same operations in one order
 
 
 @pytest.mark.parametrize("label", CONFIGS)

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from qtipcli.errors import QtipError
 from qtipcli.model.inputs import BlockCall, BlockInput, capture_first_inputs, run_block
-from qtipcli.model.linears import HessianRecorder, InputGroup, find_linears, input_groups, unsupported
+from qtipcli.model.linears import (
+    HessianRecorder,
+    InputGroup,
+    expert_place,
+    find_linears,
+    input_groups,
+    left_exact,
+    unsupported,
+)
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 
@@ -34,8 +42,14 @@ GROUPS = {
     "phi3": [("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)],
     # attention and MLP in parallel, behind a norm each
     "gpt_neox": [("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)],
-    "mixtral": [QKV, ("self_attn.o_proj",)],
-    "gpt2": [],
+    # each expert gets tokens of its own; first what all experts start with
+    "mixtral": [
+        QKV,
+        ("self_attn.o_proj",),
+        *[(f"mlp.experts.{expert}.gate_up_proj",) for expert in range(4)],
+        *[(f"mlp.experts.{expert}.down_proj",) for expert in range(4)],
+    ],
+    "gpt2": [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
 }
 
 
@@ -183,17 +197,43 @@ def test_dense_models_have_nothing_unsupported(checkpoint: Checkpoint, label: st
 def test_weights_outside_of_linears_are_reported_with_their_share(checkpoint: Checkpoint) -> None:
     block = Skeleton(ModelSource.open(checkpoint("mixtral"))).blocks[0][1]
     found = dict(unsupported(block))
-    assert sorted(found) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
+    assert sorted(found) == ["mlp.gate.weight"]
     total = sum(parameter.numel() for parameter in block.parameters())
-    share = 100 * 4 * 32 * 96 / total
-    assert found["mlp.experts.gate_up_proj"].startswith("[4, 96, 32] in MixtralExperts, not a torch.nn.Linear")
-    assert f"{share:.1f} % of the block" in found["mlp.experts.gate_up_proj"]
+    assert found["mlp.gate.weight"].startswith("[4, 32] in MixtralTopKRouter, not a torch.nn.Linear")
+    assert f"{100 * 4 * 32 / total:.1f} % of the block" in found["mlp.gate.weight"]
 
 
-def test_conv1d_is_reported(checkpoint: Checkpoint) -> None:
-    found = unsupported(Skeleton(ModelSource.open(checkpoint("gpt2"))).blocks[0][1])
-    assert [name for name, _ in found] == ["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"]
-    assert all("Conv1D" in why for _, why in found)
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+
+
+class OldExperts(nn.Module):
+    """As models had them before transformers 5, and those with their own code do: a router, and experts in a list."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, experts, bias=False)
+        self.shared_gate = nn.Linear(32, 1)
+        self.shared = nn.Linear(32, 32)
+        self.experts = nn.ModuleList(Expert() for _ in range(experts))
+
+
+def test_routers_and_linears_smaller_than_a_tile_stay_exact() -> None:
+    block = nn.ModuleDict({"mlp": OldExperts(20), "wide": nn.Linear(32, 20)})
+    assert left_exact(block) == {"mlp.gate": "router of experts", "mlp.shared_gate": "smaller than a tile: 1 x 32"}
+    names = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    assert find_linears(block).keys() == names - left_exact(block).keys()
+
+
+def test_places_in_experts_are_known_by_the_list_that_they_lie_in(checkpoint: Checkpoint) -> None:
+    old = nn.ModuleDict({"mlp": OldExperts(3)})
+    assert expert_place(old, "mlp.experts.2.down") == "mlp.experts.*.down"
+    assert expert_place(old, "mlp.shared") is None
+    block = Skeleton(ModelSource.open(checkpoint("gpt_oss"))).blocks[0][1]
+    assert expert_place(block, "mlp.experts.0.gate_up_proj") == "mlp.experts.*.gate_up_proj"
+    assert expert_place(block, "self_attn.q_proj") is None
 
 
 def test_a_subclass_of_linear_is_not_taken_for_one(checkpoint: Checkpoint) -> None:

@@ -41,7 +41,7 @@ PLACES = {
         "mlp.dense_h_to_4h": None,
         "mlp.dense_4h_to_h": OUTPUT,
     },
-    # Fused experts are no linears; the router is none either.
+    # Experts are given other tokens in each stream; the router is no linear.
     "mixtral": {name: place for name, place in LLAMA.items() if name.startswith("self_attn")},
 }  # fmt: skip
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qtipcli.errors import CorruptError, QtipError
+from qtipcli.model.keys import KeyMap
 from qtipcli.model.skeleton import Skeleton, find_blocks
 from qtipcli.model.source import SINGLE_FILE, ModelSource
 
-from .tiny_models import CONFIGS, STREAMED, build, plain_model, save
+from .tiny_models import CONFIGS, build, linear_parameters, plain_model, save
 
 Checkpoint = Callable[[str], Path]
 
@@ -41,7 +42,7 @@ def test_blocks_come_back_as_transformers_loads_them(checkpoint: Checkpoint, lab
     skeleton = Skeleton(ModelSource.open(checkpoint(label)))
     assert skeleton.blocks[0][0] == FIRST_BLOCK.get(label, "model.layers.0")
     assert len(skeleton.blocks) == plain.config.get_text_config().num_hidden_layers
-    loaded = dict(plain.named_parameters())
+    loaded = linear_parameters(plain)
     seen = set()
     for index, (name, _) in enumerate(skeleton.blocks):
         block = skeleton.materialize(index)
@@ -67,7 +68,7 @@ def test_only_the_block_asked_for_is_read(checkpoint: Checkpoint, monkeypatch: p
     skeleton = Skeleton(ModelSource.open(checkpoint("llama")))
     read: list[str] = []
     original = ModelSource.read
-    monkeypatch.setattr(ModelSource, "read", lambda source, name: read.append(name) or original(source, name))
+    monkeypatch.setattr(ModelSource, "read", lambda source, name, *row: read.append(name) or original(source, name, *row))
     skeleton.materialize(1)
     assert len(read) == 9
     assert all(name.startswith("model.layers.1.") for name in read)
@@ -92,11 +93,13 @@ def test_weights_are_computed_with_in_the_dtype_asked_for(checkpoint: Checkpoint
 
 
 def test_materializing_again_undoes_changes_and_never_reaches_the_file(checkpoint: Checkpoint) -> None:
-    for label in ("llama", "mixtral"):  # streamed, and loaded whole
+    for label in ("llama", "mixtral", "gpt2"):
         skeleton = Skeleton(ModelSource.open(checkpoint(label)))
-        before = skeleton.materialize(0).self_attn.q_proj.weight.clone()
-        skeleton.blocks[0][1].self_attn.q_proj.weight.data.zero_()
-        assert torch.equal(skeleton.materialize(0).self_attn.q_proj.weight, before)
+        before = [parameter.clone() for parameter in skeleton.materialize(0).parameters()]
+        for parameter in skeleton.blocks[0][1].parameters():
+            parameter.data.zero_()
+        for parameter, kept in zip(skeleton.materialize(0).parameters(), before, strict=True):
+            assert torch.equal(parameter, kept)
 
 
 def test_a_sharded_checkpoint_is_the_same_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -135,15 +138,61 @@ def test_a_base_model_saved_without_its_prefix_is_still_streamed(tmp_path: Path)
     assert torch.equal(block.mlp.up_proj.weight, build("llama").model.layers[2].mlp.up_proj.weight)
 
 
-@pytest.mark.parametrize("label", STREAMED)
+@pytest.mark.parametrize("label", CONFIGS)
 def test_no_note_where_nothing_is_odd(checkpoint: Checkpoint, label: str) -> None:
     assert Skeleton(ModelSource.open(checkpoint(label))).notes == []
 
 
-def test_experts_that_transformers_fuses_are_loaded_whole_and_it_is_said(checkpoint: Checkpoint) -> None:
+def test_experts_are_read_one_by_one_also_where_transformers_fuses_them(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Mixtral each expert's matrices are tensors of their own, which transformers stacks; of gpt-oss parts of one."""
+    sizes: list[int] = []
+    original = ModelSource.read
+
+    def read(source: ModelSource, name: str, *row: int) -> torch.Tensor:
+        tensor = original(source, name, *row)
+        sizes.append(tensor.numel())
+        return tensor
+
+    for label, parts in (("mixtral", [48 * 32, 48 * 32]), ("gpt_oss", [96 * 32])):
+        skeleton = Skeleton(ModelSource.open(checkpoint(label)))
+        monkeypatch.setattr(ModelSource, "read", read)
+        sizes.clear()
+        skeleton.read("model.layers.1.mlp.experts.2.gate_up_proj.weight")
+        monkeypatch.setattr(ModelSource, "read", original)
+        assert sizes == parts
+
+
+def test_a_fused_checkpoint_is_the_same_model_as_one_of_separate_tensors(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plain = build("mixtral")
+    plain.save_pretrained(tmp_path, save_original_format=False)
+    fused, separate = (Skeleton(ModelSource.open(path)) for path in (tmp_path, checkpoint("mixtral")))
+    assert "model.layers.0.mlp.experts.gate_up_proj" in fused.source.tensor_names
+    assert "model.layers.0.mlp.experts.gate_up_proj" not in separate.source.tensor_names
+    for one, other in zip(fused.materialize(1).parameters(), separate.materialize(1).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    directory = save("mixtral", tmp_path)
+    gone = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    rewrite(directory, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != gone})
+    skeleton = Skeleton(ModelSource.open(directory))
+    skeleton.materialize(0)
+    with pytest.raises(CorruptError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        skeleton.materialize(1)
+
+
+def test_what_cannot_be_read_one_by_one_is_loaded_whole_and_it_is_said(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = Skeleton(ModelSource.open(checkpoint("mixtral"))).materialize(1)
+    monkeypatch.setattr("qtipcli.model.skeleton.map_keys", lambda *_: KeyMap({}, {}, "for once"))
     skeleton = Skeleton(ModelSource.open(checkpoint("mixtral")))
-    assert len(skeleton.notes) == 1
-    assert "not streamed: transformers converts" in skeleton.notes[0]
+    assert skeleton.notes == ["the whole model was loaded into memory, not streamed: for once"]
+    for one, other in zip(skeleton.materialize(1).parameters(), streamed.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_checkpoint_without_some_weights_names_them(tmp_path: Path) -> None:

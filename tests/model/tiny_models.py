@@ -52,7 +52,12 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "llama4_text": ("llama4_text", _LLAMA_LIKE | {"num_local_experts": 2, "intermediate_size_mlp": 48}),
     "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
-STREAMED = [label for label in CONFIGS if label not in ("mixtral",)]
+CONFIGS |= {
+    "qwen3_moe": ("qwen3_moe", _LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    "gpt_oss": ("gpt_oss", _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2} | _SLIDING),
+}
+FUSED = ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text")
+"""Those with experts in fused tensors. The skeleton sums in another order there."""
 
 
 def build(label: str) -> PreTrainedModel:
@@ -71,6 +76,22 @@ def save(label: str, directory: Path, **how: object) -> Path:
     """Saves the model as transformers does; `how` goes to save_pretrained."""
     build(label).save_pretrained(directory, **how)
     return directory
+
+
+def linear_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every parameter under the name that it has where experts and Conv1D are linears; cut and turned by hand: the oracle."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if ".experts." not in name:
+            turned = type(model.get_submodule(path)).__name__ == "Conv1D" and parameter.ndim == 2
+            found[name] = parameter.T if turned else parameter
+            continue
+        part = "bias" if leaf.endswith("_bias") else "weight"
+        lies_turned = model.config.model_type in ("gpt_oss", "llama4_text") and part == "weight"
+        for expert, tensor in enumerate(parameter):
+            found[f"{path}.{expert}.{leaf.removesuffix('_bias')}.{part}"] = tensor.T if lies_turned else tensor
+    return found
 
 
 def token_rows(rows: int = ROWS, context: int = CONTEXT) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from qtipcli.hub import remote_code
 from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.offload import keep_stored_dtypes
 from qtipcli.hub.tensors import REMEDY, check_tensors
-from qtipcli.nn import fused, swap
+from qtipcli.nn import fused, plain, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +36,7 @@ class QtipHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: QtipConfig
+    _replaced: Mapping[str, torch.nn.Module] = MappingProxyType({})
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_tensor_parallel(model)
@@ -50,6 +52,8 @@ class QtipHfQuantizer(HfQuantizer):
         """
         if files:
             check_tensors(self.quantization_config.layouts(), files)
+        # Names in the table of layers are those of linears: also of experts that transformers fuses, and in Conv1D's place.
+        self._replaced = plain.make_plain(model).replaced
         # The files carry the names of the class that saved the model; the one being loaded may lack or add a prefix.
         names = _names_in(model, list(self.quantization_config.layers))
         if any(here != there for here, there in names.items()) or len(names) != len(self.quantization_config.layers):
@@ -74,6 +78,7 @@ class QtipHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         swap.dequantize(model, dtype or model.dtype)
+        plain.restore(model, self._replaced)
         return model
 
     def is_serializable(self) -> bool:

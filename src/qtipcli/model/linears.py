@@ -18,10 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from qtipcli.errors import QtipError
 from qtipcli.model.inputs import BlockInput, run_block
 from qtipcli.model.skeleton import Skeleton
+from qtipcli.nn.experts import SeparateExperts
+from qtipcli_kernels.spec import TILE
 
 # Tokens in one product x^T x: bounds the float32 copy of the input (2,048 x 16,384 x 4 bytes = 128 MiB) and fixes the order of
 # the sum, which therefore depends only on how the rows were batched.
 CHUNK_TOKENS = 2048
+
+LARGEST_UNSUPPORTED_SHARE = 0.1
+"""Share of the blocks' weights that may stay as it is without being asked for: routers and short convolutions, not experts."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,54 @@ class InputGroup:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block by name, in module order: exactly torch.nn.Linear, since a subclass may compute something else."""
-    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+    """The linears of a block that are to be rounded, by name, in module order.
+
+    Exactly torch.nn.Linear, since a subclass may compute something else; one that computes the same is a torch.nn.Linear in the
+    skeleton. Those that `left_exact` names are not among them.
+    """
+    exact = left_exact(block)
+    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear and name not in exact}
+
+
+def left_exact(block: nn.Module) -> dict[str, str]:
+    """Linears of a block that are never rounded, by name -> why: routers, and those smaller than a tile of the trellis."""
+    found = {name: "router of experts" for name in _routers(block)}
+    for name, module in block.named_modules():
+        if type(module) is nn.Linear and min(module.in_features, module.out_features) < TILE:
+            found.setdefault(name, f"smaller than a tile: {module.out_features} x {module.in_features}")
+    return found
+
+
+def expert_place(block: nn.Module, name: str) -> str | None:
+    """What a linear in an expert has in common with those of the other experts, as `mlp.experts.*.down_proj`.
+
+    None for one in no expert. Experts are SeparateExperts, or a list in the block of modules that hold linears.
+    """
+    parts = name.split(".")
+    for end in range(1, len(parts) - 1):
+        owner = block.get_submodule(".".join(parts[:end]))
+        if isinstance(owner, SeparateExperts | nn.ModuleList) and parts[end].isdigit():
+            return ".".join([*parts[:end], "*", *parts[end + 1 :]])
+    return None
+
+
+def _routers(block: nn.Module) -> list[str]:
+    """Linears beside experts, or alone in a module beside them, with one output for each expert."""
+    found = []
+    for path, module in block.named_modules():
+        if not isinstance(module, SeparateExperts | nn.ModuleList) or len(experts := _experts(module)) < 2:
+            continue
+        parent, _, own = path.rpartition(".")
+        for name, child in block.get_submodule(parent).named_children():
+            linears = [(inner, each) for inner, each in child.named_modules() if type(each) is nn.Linear]
+            if name != own and len(linears) == 1 and linears[0][1].out_features == len(experts):
+                found.append(".".join(part for part in (parent, name, linears[0][0]) if part))
+    return found
+
+
+def _experts(module: nn.Module) -> list[nn.Module]:
+    children = [child for name, child in module.named_children() if name.isdigit()]
+    return [child for child in children if any(type(each) is nn.Linear for each in child.children())]
 
 
 def unsupported(block: nn.Module) -> list[tuple[str, str]]:
@@ -49,7 +100,7 @@ def unsupported(block: nn.Module) -> list[tuple[str, str]]:
 
     Returns:
         (parameter name within the block, why with shape and share of the block's parameters) for each parameter of two or more
-        dimensions that is not in a torch.nn.Linear: experts fused into one tensor, Conv1D, routers, short convolutions.
+        dimensions that is not in a torch.nn.Linear: routers, short convolutions, experts fused in a way that is not known.
     """
     total = sum(parameter.numel() for parameter in block.parameters())
     found = []
@@ -62,6 +113,24 @@ def unsupported(block: nn.Module) -> list[tuple[str, str]]:
                 why = f"{list(parameter.shape)} in {type(module).__name__}, not a torch.nn.Linear; {share:.1f} % of the block"
                 found.append((f"{path}.{leaf}" if path else leaf, why))
     return found
+
+
+def refuse_unsupported(skeleton: Skeleton) -> None:
+    """Raise QtipError, naming them, where more of the blocks' weights than a router's would be left as they are."""
+    total = found = 0
+    first = ""
+    for prefix, block in skeleton.blocks:
+        sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
+        total += sum(sizes.values())
+        for name, why in unsupported(block):
+            found += sizes[name]
+            first = first or f"{prefix}.{name} ({why})"
+    if found > LARGEST_UNSUPPORTED_SHARE * total:
+        source, kind = skeleton.source, type(skeleton.model).__name__
+        raise QtipError(
+            f"{100 * found / total:.0f} % of the weights of {source.name} are not in linear layers of {kind}, such as {first}",
+            "rounded are modules that compute as torch.nn.Linear does, and experts fused by the protocol of transformers 5",
+        )
 
 
 def input_groups(skeleton: Skeleton, index: int, one_input: BlockInput) -> list[InputGroup]:
@@ -92,7 +161,32 @@ def input_groups(skeleton: Skeleton, index: int, one_input: BlockInput) -> list[
         by_input.setdefault(tuple(identities), []).append(name)
     groups = [InputGroup(tuple(names), linears[names[0]].in_features) for names in by_input.values()]
     idle = [InputGroup((name,), linear.in_features, called=False) for name, linear in linears.items() if name not in seen]
-    return groups + idle
+    return _experts_together(skeleton.blocks[index][1], groups + idle)
+
+
+def _experts_together(block: nn.Module, groups: Sequence[InputGroup]) -> list[InputGroup]:
+    """All experts' groups at one place before those of the next place: none of them depends on another at its place.
+
+    So the quantized prefix runs a block once for each place, not for each expert. Other groups keep their order.
+    """
+    place_of = {name: expert_place(block, name) for name in find_linears(block)}
+    rank = {name: number for number, name in enumerate(place_of)}
+    first: dict[str, int] = {}
+    for name, place in place_of.items():
+        if place is not None:
+            first.setdefault(place, rank[name])
+    layers: dict[str, list[InputGroup]] = {}
+    ordered: list[InputGroup | str] = []
+    for group in groups:
+        place = place_of[group.names[0]]
+        layer = None if place is None else place.partition(".*.")[0]
+        if layer is None or layer not in layers:
+            ordered.append(group if layer is None else layer)
+        if layer is not None:
+            layers.setdefault(layer, []).append(group)
+    for members in layers.values():
+        members.sort(key=lambda group: (first[place_of[group.names[0]] or ""], rank[group.names[0]]))
+    return [group for each in ordered for group in (layers[each] if isinstance(each, str) else [each])]
 
 
 class HessianRecorder:
@@ -112,11 +206,10 @@ class HessianRecorder:
     """
 
     def __init__(self, block: nn.Module, groups: Sequence[InputGroup], device: torch.device | None = None) -> None:
-        linears = find_linears(block)
-        self._watched = {group.names[0]: linears[group.names[0]] for group in groups}
+        self._watched = {group.names[0]: block.get_submodule(group.names[0]) for group in groups}
         self.sums: dict[str, Tensor] = {}
         for group in groups:
-            where = device or linears[group.names[0]].weight.device
+            where = device or self._watched[group.names[0]].weight.device
             self.sums[group.names[0]] = torch.zeros(group.in_features, group.in_features, device=where)
         self.tokens = dict.fromkeys(self.sums, 0)
         self._hooks: Any = None

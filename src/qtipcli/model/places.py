@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtipcli.model.inputs import BlockInput, run_block
-from qtipcli.model.linears import find_linears
+from qtipcli.model.linears import expert_place, find_linears
 from qtipcli.model.skeleton import Skeleton
 
 PROBE_TOKENS = 16
@@ -45,7 +45,7 @@ def find_places(skeleton: Skeleton, index: int, probe: BlockInput) -> dict[str, 
     found: dict[str, Place] = {}
     for name, linear in linears.items():
         outputs = plain.outputs.get(name, [])
-        if len(outputs) != 1 or outputs[0].numel() != tokens * linear.out_features:
+        if expert_place(block, name) is not None or len(outputs) != 1 or outputs[0].numel() != tokens * linear.out_features:
             continue
         noise = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0)).to(outputs[0])
         noise = noise * outputs[0].std().clamp(min=1e-6)

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qtipcli.errors import CorruptError, QtipError
 from qtipcli.model.keys import map_keys
+from qtipcli.model.reading import Reader
 from qtipcli.model.source import ModelSource, check_finite
+from qtipcli.nn.plain import make_plain
 
 
 class Skeleton:
@@ -29,7 +31,8 @@ class Skeleton:
         prepare: called with the model on meta before its tensors are looked for in the checkpoint, to replace modules.
 
     Attributes:
-        model: the transformers model in eval mode; parameters on meta, buffers real and on `device`.
+        model: the transformers model in eval mode; parameters on meta, buffers real and on `device`. Fused experts and other
+            modules that compute as linears do are torch.nn.Linears in it (qtipcli.nn.plain).
         blocks: (name, module) of every decoder block, in order; names as in `model.named_modules()`.
         outer_names: parameters outside the blocks, without the second name of tied ones.
         tied: second name of a tied parameter -> its first name, as lm_head.weight -> model.embed_tokens.weight.
@@ -55,17 +58,17 @@ class Skeleton:
         if prepare is not None:
             prepare(self.model)
         _move_buffers(self.model, self.device)
-        self.blocks = find_blocks(self.model)
         self.tied = _tied_names(self.model)
+        keys = map_keys(self.model, source, self.tied)
+        whole = _load_whole(source) if keys.obstacle else None
+        if keys.obstacle:
+            self.notes.append(f"the whole model was loaded into memory, not streamed: {keys.obstacle}")
+        self._reader = Reader(source, keys, self.model, whole)
+        self._reader.origins = make_plain(self.model).origins
+        self.blocks = find_blocks(self.model)
         inside = tuple(f"{name}." for name, _ in self.blocks)
         self.outer_names = [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
-        keys = map_keys(self.model, source, self.tied)
-        self._stored_name = keys.stored_name
-        self._whole: dict[str, Tensor] | None = None
         self.untied: list[str] = []
-        if keys.obstacle:
-            self._whole = _load_whole(source)
-            self.notes.append(f"the whole model was loaded into memory, not streamed: {keys.obstacle}")
         self._untie_what_differs()
 
     def read(self, name: str) -> Tensor:
@@ -75,7 +78,7 @@ class Skeleton:
             KeyError: the model has no such tensor, or the checkpoint does not hold that buffer.
             CorruptError: the shard has changed since it was opened.
         """
-        return self._whole[name] if self._whole is not None else self.source.read(self._stored_name[name])
+        return self._reader.read(name)
 
     def materialize(self, index: int) -> nn.Module:
         """Loads block `index` afresh from the checkpoint, whatever was done to its weights before, and returns it.
@@ -86,6 +89,7 @@ class Skeleton:
         name, block = self.blocks[index]
         for owner, leaf, full_name in _own_tensors(block, name):
             self._make_real(owner, leaf, full_name)
+        self._reader.forget()
         return block
 
     def release(self, index: int) -> None:
@@ -130,7 +134,7 @@ class Skeleton:
     def _untie_what_differs(self) -> None:
         """As transformers does: the config says tied, but the checkpoint holds two tensors that are not equal."""
         for name, original in list(self.tied.items()):
-            if self._stored_name.get(name) == self._stored_name.get(original):  # one tensor, or loaded whole and tied there
+            if self._reader.is_same(name, original):
                 continue
             if not torch.equal(self.read(name), self.read(original)):
                 del self.tied[name]
@@ -149,7 +153,7 @@ class Skeleton:
 
     def holds(self, name: str) -> bool:
         """Whether the checkpoint has this parameter or buffer, so that `read` finds it."""
-        return name in (self._whole if self._whole is not None else self._stored_name)
+        return self._reader.holds(name)
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

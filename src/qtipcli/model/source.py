@@ -146,8 +146,10 @@ class ModelSource:
         """The dtype of a tensor of the checkpoint, without reading it."""
         return self._tensors[name].dtype
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, row: int | None = None) -> Tensor:
         """Reads one tensor as stored, on the CPU. The file is mapped, so memory is taken as the values are used.
+
+        row: index in its first dimension, of the one part to be read; None for all of it.
 
         Raises:
             CorruptError: the shard is not what it was when the model was opened.
@@ -156,7 +158,7 @@ class ModelSource:
         try:
             # Opened anew each time: pages of a mapping that stays open would add up to the whole model.
             with safe_open(shard, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if row is None else file.get_slice(name)[row]
         except OSError as error:
             raise storage_error(error, shard, "read") from error
         except SafetensorError as error:

@@ -23,7 +23,7 @@ from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
 from qtipcli.model.inputs import AfterBlocks, BlockInput, capture_first_inputs, run_block
-from qtipcli.model.linears import HessianRecorder, InputGroup, input_groups
+from qtipcli.model.linears import HessianRecorder, InputGroup, input_groups, refuse_unsupported
 from qtipcli.model.outer import find_head
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
@@ -146,6 +146,7 @@ def _record(
     source: ModelSource, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool, two_sided: bool
 ) -> None:
     skeleton = Skeleton(source, device=default_device())
+    refuse_unsupported(skeleton)
     for note in skeleton.notes:
         watcher.note(note)
     _record_inputs(skeleton, tokens, job, watcher, head)

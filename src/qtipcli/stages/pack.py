@@ -24,6 +24,7 @@ from qtipcli.job.files import sha256_file, write_text_atomic
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.job.interrupt import checkpoint, interruptible
 from qtipcli.job.shards import write_shard
+from qtipcli.model.linears import left_exact
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import card, outer, quantize
@@ -240,7 +241,9 @@ class _Packer:
 
     def _write_config(self) -> QtipConfig:
         linears = [name for name, module in self.skeleton.model.named_modules() if type(module) is torch.nn.Linear]
-        not_converted = {name: self.left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
+        exact = {f"{prefix}.{name}": why for prefix, block in self.skeleton.blocks for name, why in left_exact(block).items()}
+        left = exact | self.left
+        not_converted = {name: left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
         layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
         base = model_name(self.source.directory) if self._is_local() else self.source.name
         provenance = {"base_model": base, "settings": published(self.job.settings), **self.provenance}

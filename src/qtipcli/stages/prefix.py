@@ -24,24 +24,11 @@ from qtipcli.model.places import OUTPUT, PROBE_TOKENS, Place, find_places, look,
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.quant.correction import Evidence
 from qtipcli.stages import streams
+from qtipcli.stages.few_tokens import Moments, Peers, Shared, peers_of
 from qtipcli.tune.activations import Activations
 
 HELDOUT_SHARE = 8
 """One row of text in this many decides whether a correction made of the others helps."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What a group of layers is given, and what is missing there.
-
-    hessian_II: E[x x^T] of the group's input x, float32. tokens: in that mean. missing: full name of a layer -> what is missing
-    at the place behind it (model.places), on all tokens and on the held-out ones. Empty where the streams cannot be compared:
-    an expert sees other tokens in each.
-    """
-
-    hessian_II: Tensor
-    tokens: int
-    missing: Mapping[str, tuple[Evidence, Evidence]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +71,8 @@ class Prefix:
         self._found: dict[object, dict[str, Place]] = {}
         self._heldout = _heldout_tokens([tuple(shape[:2]) for shape in quantized.shapes])
         self._kept: dict[str, Activations] = {}
+        self._peers = Peers({}, {})
+        self._waiting: dict[str, Moments] = {}
 
     def enter(self, index: int, groups: Sequence[Sequence[str]]) -> None:
         """Run the original through block `index`, which is materialized, and keep what its layers are compared with.
@@ -91,6 +80,7 @@ class Prefix:
         groups: full names of layers with one input each, of which `moments` is to be asked.
         """
         self._forget()
+        self._peers = peers_of(groups, *self._skeleton.blocks[index])
         compared = [group for group in (self._group(index, names) for names in groups) if group.is_compared]
         inputs = [group.first for group in compared if group.own]
         places = sorted({place for group in compared for place in group.places.values()} | {OUTPUT})
@@ -111,6 +101,8 @@ class Prefix:
         Raises QtipError where a value is not finite.
         """
         prefix, block = self._skeleton.blocks[index]
+        if self._peers.place(names[0]) is not None:
+            return self._expert_moments(index, names[0], rounded)
         group = self._group(index, names)
         sums = _Sums(block, group, self._skeleton.device)
         places = sorted(set(group.places.values()))
@@ -125,12 +117,49 @@ class Prefix:
                 missing = {place: self._before(place, batch) - behind[place] for place in places}
                 changed = self._before(_input_key(group.first), batch) - inputs[0] if group.own else None
                 sums.add(inputs[0], changed, missing, self._heldout[batch].to(self._skeleton.device))
-        if not sums.is_finite():
-            raise QtipError(
-                f"layer {names[0]} is given NaN or infinite values",
-                "the model overflows on this text: leave out this text, or quantize with --original-prefix",
-            )
+        _refuse_infinite(names[0], sums.is_finite())
         return sums.moments(f"{prefix}.")
+
+    def _expert_moments(self, index: int, name: str, rounded: Mapping[str, Tensor]) -> Moments:
+        """Of the group of an expert whose first layer is called `name`.
+
+        One run of the block serves all experts at its place, or as many as have room, since none depends on another.
+        """
+        if name not in self._waiting:
+            peers = self._peers.at(self._peers.place(name) or "")
+            features = self._skeleton.model.get_submodule(name).in_features
+            room = max(1, int(self._memory_gib * 2**30 // (features**2 * torch.float32.itemsize)))
+            first = peers.index(name)
+            self._waiting = self._look_at_experts(index, peers, peers[first : first + room], rounded)
+        return self._waiting.pop(name)
+
+    def _look_at_experts(
+        self, index: int, peers: Sequence[str], chosen: Sequence[str], rounded: Mapping[str, Tensor]
+    ) -> dict[str, Moments]:
+        """Of the `chosen` ones of `peers`; their shared Hessian is that of all."""
+        prefix, block = self._skeleton.blocks[index]
+        short = {peer.removeprefix(f"{prefix}."): peer for peer in peers}
+        features = self._skeleton.model.get_submodule(peers[0]).in_features
+        # The sum over the others has a place of its own, under no name.
+        sums = {name: torch.zeros(features, features, device=self._skeleton.device) for name in ("", *chosen)}
+        tokens = dict.fromkeys(sums, 0)
+        with _replaced(block, prefix, rounded):
+            for batch in range(len(self._quantized)):
+                checkpoint()
+                one_input = streams.batch_at(self._quantized, self._calls, batch)
+                given, _ = look(self._skeleton, index, one_input, list(short), [], once=False)
+                for name, inputs in given.items():
+                    key = short[name] if short[name] in sums else ""
+                    for x_NI in inputs:
+                        _add(sums[key], x_NI, x_NI)
+                        tokens[key] += len(x_NI)
+        total = sum(tokens.values())
+        shared_II = torch.zeros_like(sums[""])
+        for name, summed in sums.items():
+            _refuse_infinite(name or peers[0], bool(torch.isfinite(summed).all()))
+            shared_II += summed / max(total, 1)
+        shared = Shared(shared_II, total)
+        return {name: Moments(sums[name] / max(tokens[name], 1), tokens[name], shared=shared) for name in chosen}
 
     def advance(self, index: int, rounded: Mapping[str, Tensor]) -> None:
         """Take both streams through block `index`, which is materialized, whether it was entered or not."""
@@ -155,7 +184,7 @@ class Prefix:
     def _forget(self) -> None:
         for stream in self._kept.values():
             stream.close()
-        self._kept = {}
+        self._kept, self._waiting = {}, {}
 
     def _before(self, key: str, batch: int) -> Tensor:
         """What the original had there."""
@@ -239,6 +268,14 @@ class _Sums:
     def _missing_behind(self, name: str, part: int) -> Tensor:
         # Behind a layer to whose output nothing is added W (x - x^) is missing.
         return self._weights[name].float() @ self._changes[part] if name in self._weights else self._missing[part][name]
+
+
+def _refuse_infinite(name: str, is_finite: bool) -> None:
+    if not is_finite:
+        raise QtipError(
+            f"layer {name} is given NaN or infinite values",
+            "the model overflows on this text: leave out this text, or quantize with --original-prefix",
+        )
 
 
 def _input_key(name: str) -> str:

@@ -23,7 +23,7 @@ from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
-from qtipcli.model.linears import find_linears, unsupported
+from qtipcli.model.linears import find_linears, refuse_unsupported
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource, check_finite
 from qtipcli.nn.layout import PackedLayout
@@ -35,8 +35,9 @@ from qtipcli.quant.rows import row_sizes, with_row_sizes
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import backward, calibrate, outer, streams
 from qtipcli.stages.calibrate import block_key
+from qtipcli.stages.few_tokens import FEW_TOKENS, Moments, StoredMoments
 from qtipcli.stages.load import default_device
-from qtipcli.stages.prefix import Moments, Prefix
+from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
@@ -49,9 +50,6 @@ MOST_HELDOUT = 64
 
 CALIBRATION = "calibration"
 """The shard, without tensors, whose report says what text the Hessians were made of; last, and absent from older jobs."""
-
-LARGEST_UNSUPPORTED_SHARE = 0.1
-"""Share of the blocks' weights that may stay as it is without being asked for: routers and short convolutions, not experts."""
 
 
 def run(
@@ -108,7 +106,7 @@ class _Quantizer:
         self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
         for note in self.skeleton.notes:
             watcher.note(note)
-        _refuse_unsupported(source, self.skeleton)
+        refuse_unsupported(self.skeleton)
         self._refuse_unused_patterns()
         self.outer = outer.plan(self.skeleton, settings)
         if outer.needs_head_hessian(self.outer) and not calibration.done(calibrate.HEAD):
@@ -205,16 +203,16 @@ class _Quantizer:
         layers: dict[str, Any] = {}
         left: dict[str, str] = {}
         rounded: dict[str, torch.Tensor] = {}
-        groups = [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
+        stored_moments = StoredMoments(self.calibration, index, *self.skeleton.blocks[index])
         if prefix is not None:
-            prefix.enter(index, groups)
-        for names in groups:
+            prefix.enter(index, stored_moments.groups)
+        for names in stored_moments.groups:
             chosen = [name for name in names if not _matches(name, self.settings.skip)]
             left |= {name: "skipped by the settings" for name in names if name not in chosen}
             if not chosen:
                 continue
-            moments = self._moments(index, names, prefix, rounded)
-            if not moments.tokens:
+            moments = prefix.moments(index, names, rounded) if prefix else stored_moments.of(names, self.skeleton.device)
+            if not moments.seen:
                 left |= dict.fromkeys(chosen, "never called in calibration")
                 continue
             started = time.monotonic()
@@ -224,27 +222,28 @@ class _Quantizer:
                 check_finite(f"{name}.weight", weight)
                 if name in moments.missing:
                     weights[name], corrections[name] = corrected(weight, *moments.missing[name])
-            packed = self._round(weights, moments.hessian_II, self._outputs(index, chosen))
+            packed = self._round(weights, moments.mixed(), self._outputs(index, chosen))
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
                 layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
+                layers[name] |= {"tokens": moments.tokens, "shared_hessian": moments.share} if moments.share else {}
                 self._announce(name, layers[name], seconds)
                 if prefix is not None:
                     layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
                     rounded[name] = layer.weight_dense()
                 tensors |= stored
+        self._note_few_tokens(stem, layers)
         return tensors, {"layers": layers, "left": left}
 
-    def _moments(self, index: int, names: list[str], prefix: Prefix | None, rounded: Mapping[str, torch.Tensor]) -> Moments:
-        """Of the input of the group `names` (full names) of block `index`."""
-        if prefix is not None:
-            return prefix.moments(index, names, rounded)
-        key = block_key(index)
-        self.calibration.verify(key)
-        tokens = next(group["tokens"] for group in self.calibration.report(key)["groups"] if group["names"] == names)
-        with self.calibration.open_shard(key) as shard:
-            return Moments(shard.get_tensor(names[0]).to(self.skeleton.device), tokens, {})
+    def _note_few_tokens(self, stem: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
+        few = {name: report["tokens"] for name, report in layers.items() if "shared_hessian" in report}
+        if few:
+            name = min(few, key=few.__getitem__)
+            self.watcher.note(
+                f"{stem[:-1]}: {len(few)} layers of experts saw fewer than {FEW_TOKENS} tokens for each of their inputs, {name} "
+                f"only {few[name]}: the mean Hessian of the experts beside them was mixed in"
+            )
 
     def _round(
         self,
@@ -363,20 +362,3 @@ def layout_of(report: Mapping[str, Any]) -> PackedLayout:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _refuse_unsupported(source: ModelSource, skeleton: Skeleton) -> None:
-    """Raise QtipError, naming them, where more of the blocks' weights than a router's would be left as they are."""
-    total = found = 0
-    first = ""
-    for prefix, block in skeleton.blocks:
-        sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
-        total += sum(sizes.values())
-        for name, why in unsupported(block):
-            found += sizes[name]
-            first = first or f"{prefix}.{name} ({why})"
-    if found > LARGEST_UNSUPPORTED_SHARE * total:
-        raise QtipError(
-            f"{100 * found / total:.0f} % of the weights of {source.name} are not in linear layers, such as {first}",
-            "this version quantizes torch.nn.Linear only; fused experts and Conv1D are not supported yet",
-        )

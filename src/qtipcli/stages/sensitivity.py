@@ -24,6 +24,7 @@ from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_text, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.quant.matrix import RoundingSettings
 from qtipcli.quant.probe import probe_group
@@ -31,6 +32,7 @@ from qtipcli.quant.transform import Transform
 from qtipcli.stages import calibrate
 from qtipcli.stages.calibrate import TOKENS, block_key
 from qtipcli.stages.divergence import Reference
+from qtipcli.stages.few_tokens import StoredMoments
 from qtipcli.stages.progress import Silent, Watcher
 from qtipcli_kernels.spec import SpecError, TrellisSpec, offered_bits
 
@@ -140,7 +142,7 @@ def _measure(
     for index, (prefix, _) in enumerate(reference.skeleton.blocks):
         if block_key(index) in missing:
             layers: dict[str, Any] = {}
-            for names, hessian_II in _hessians(calibration, index, reference.skeleton.device):
+            for names, hessian_II in _hessians(calibration, index, reference.skeleton):
                 checkpoint()
                 linears = {name: reference.skeleton.model.get_submodule(name) for name in names}
                 weights = {name: linear.weight for name, linear in linears.items()}
@@ -170,13 +172,13 @@ def _row(
     }
 
 
-def _hessians(calibration: RunDirectory, index: int, device: torch.device) -> Iterator[tuple[list[str], Tensor]]:
-    """(full names, Hessian) of each group of a block that was called in calibration; the others are never quantized."""
-    groups = [group for group in calibration.report(block_key(index))["groups"] if group["tokens"]]
-    calibration.verify(block_key(index))
-    with calibration.open_shard(block_key(index)) as shard:
-        for group in groups:
-            yield group["names"], shard.get_tensor(group["names"][0]).to(device)
+def _hessians(calibration: RunDirectory, index: int, skeleton: Skeleton) -> Iterator[tuple[list[str], Tensor]]:
+    """(full names, Hessian) of each group of a block that has one to be rounded with; the others are never quantized."""
+    stored = StoredMoments(calibration, index, *skeleton.blocks[index])
+    for names in stored.groups:
+        moments = stored.of(names, skeleton.device)
+        if moments.seen:
+            yield names, moments.mixed()
 
 
 def _noise(quantize: QuantizeSettings, settings: SensitivitySettings) -> TrellisSpec:
