@@ -79,8 +79,8 @@ def test_bad_usage_exits_with_two_and_names_the_option(qtip: Qtip) -> None:
         assert "Traceback" not in outcome.err
 
 
-def test_json_is_one_object_on_stdout(qtip: Qtip, quantize: Qtip, packed: Path, text: Path, tiny_model: Path) -> None:
-    out = packed / "out"
+def test_json_is_one_object_on_stdout(qtip: Qtip, quantize: Qtip, own_packed: Path, text: Path, tiny_model: Path) -> None:
+    out = own_packed
     outcomes = {
         "inspect": qtip("inspect", out, "--json"),
         "doctor": qtip("doctor", "--json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from qtipcli.cli.main import _run
-from stages.tiny import FAST_OPTIONS, one_thread, save_model, save_text
+from stages.tiny import FAST_OPTIONS, one_thread, save_model, save_text, snapshot
 
 
 class Outcome(NamedTuple):
@@ -82,13 +83,16 @@ def three(tiny_model: Path, text: Path, packed: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def packed(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory in which the tiny model was quantized to `out`, with `out.job` and `hessians` beside it; read only."""
     where = tmp_path_factory.mktemp("packed")
     command = ["quantize", tiny_model, *FAST_OPTIONS, "--data", text, "--out", where / "out", "--hessians", where / "hessians"]
     with one_thread():
         assert _run([str(part) for part in command]) == 0
-    return where
+    before = snapshot(where / "out")
+    yield where
+    assert snapshot(where / "out") == before, "a test wrote to what others read: let it have `own_packed`"
+
 
 
 TEMPLATE = """{%- for message in messages -%}
@@ -123,3 +127,9 @@ def interrupted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return answer(self, prompt, sampling, show, **options)
 
     monkeypatch.setattr(Generator, "answer", pressed)
+
+
+@pytest.fixture
+def own_packed(packed: Path, tmp_path: Path) -> Path:
+    """A copy of `packed / "out"`, for commands that write to it, as `qtip eval` does."""
+    return Path(shutil.copytree(packed / "out", tmp_path / "packed"))

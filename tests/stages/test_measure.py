@@ -261,8 +261,8 @@ def test_what_cannot_be_asked_is_refused(packed, tiny_model, text):
 # As it is typed
 
 
-def test_several_contexts_as_they_are_typed(qtip: Qtip, packed, tiny_model, text):
-    said = ("eval", packed / "out", "--base", tiny_model, "--data", text, "--windows", "4")
+def test_several_contexts_as_they_are_typed(qtip: Qtip, own_packed, tiny_model, text):
+    said = ("eval", own_packed, "--base", tiny_model, "--data", text, "--windows", "4")
     report = json.loads(qtip(*said, "--context", "16,32", "--context", "64", "--json").out)
     assert [row["protocol"]["context"] for row in report["rows"]] == [16, 32, 64]
     outcome = qtip(*said, "--context", "16,32")

@@ -224,16 +224,16 @@ def test_one_layer_of_a_kind_a_block_is_a_line_and_several_are_dots(packed):
 # As it is typed
 
 
-def test_as_it_is_typed(qtip: Qtip, packed, three, tiny_model, text, tmp_path):
+def test_as_it_is_typed(qtip: Qtip, own_packed, three, tiny_model, text, tmp_path):
     said = ("--base", tiny_model, "--data", text, "--context", "16", "--windows", "3", "--json")
-    outcome = qtip("eval", packed / "out", *said, "--html", "one.html")
+    outcome = qtip("eval", own_packed, *said, "--html", "one.html")
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "one.html").read_text(encoding="utf-8") == page.render(json.loads(outcome.out))
     outcome = qtip("eval", "--compare", *three, *said, "--html", "several.html")
     assert (tmp_path / "several.html").read_text(encoding="utf-8") == page.render(json.loads(outcome.out))
     (tmp_path / "folder.html").mkdir()
     for target, fact in (("a.pdf", "is no HTML file"), ("no/a.html", "no does not exist"), ("folder.html", "is a directory")):
-        outcome = qtip("eval", packed / "out", *said, "--html", target)
+        outcome = qtip("eval", own_packed, *said, "--html", target)
         assert outcome.status in (1, 2) and fact in outcome.err and "eval," not in outcome.err
     with pytest.raises(SettingsError):
         page.check_target(tmp_path / "x.txt")

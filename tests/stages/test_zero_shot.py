@@ -68,8 +68,8 @@ def test_both_models_are_scored_by_the_harness_without_examples(harness, packed,
     assert (first.examples, first.version, first.fewshot) == (8, "1.0", 0)
 
 
-def test_as_it_is_typed(harness, qtip: Qtip, packed, tiny_model, text):
-    said = ("eval", packed / "out", "--base", tiny_model, "--data", text, "--context", "16", "--windows", "2")
+def test_as_it_is_typed(harness, qtip: Qtip, own_packed, tiny_model, text):
+    said = ("eval", own_packed, "--base", tiny_model, "--data", text, "--context", "16", "--windows", "2")
     report = json.loads(qtip(*said, "--tasks", "arc_easy,piqa", "--json").out)
     assert [score["task"] for score in report["tasks"]] == ["arc_easy", "arc_easy", "piqa", "piqa"]
     outcome = qtip(*said, "--tasks", "arc_easy", "--tasks", "piqa")
