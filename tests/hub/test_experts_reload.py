@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stages.families import save, take_through
+from stages.tiny import logits, logits_of
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from qtipcli.nn.experts import SeparateExperts, is_fused
 from qtipcli.nn.linear import TrellisLinear
-from stages.families import save, take_through
-from stages.tiny import logits, logits_of
 
 KINDS = ("Mixtral", "gpt-oss", "GPT-2")
 TOKENS = torch.randint(1, 3072, (2, 24), generator=torch.Generator().manual_seed(1))

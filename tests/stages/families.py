@@ -291,9 +291,10 @@ def page(rows: list[Row]) -> str:
     head = [
         "# Families",
         "",
-        "Made by `python -m stages.families --out docs/families.md` (with PYTHONPATH=src:kernels:tests), from a tiny random model",
-        f"of each family of transformers {transformers.__version__}: calibrated, quantized to 2 bits, packed, loaded, and compared",
-        "with transformers' own model that has the packed values in its matrices. Nothing in qtip knows a family by name.",
+        "Made by `python -m stages.families --out docs/families.md` with PYTHONPATH=src:kernels:tests, from a tiny random model of",
+        f"each family of transformers {transformers.__version__}: calibrated, quantized to 2 bits, packed, loaded, and compared with",
+        "transformers' own model that has the packed values in its matrices. Nothing in qtip knows a family by name. What is left is",
+        "named by its module's class, or by why it is: a matrix smaller than a tile has fewer than 16 inputs or outputs.",
         "",
         "| family | model_type | block weights packed | layers | left exact, and why | largest difference of logits |",
         "|---|---|---|---|---|---|",
