@@ -37,7 +37,7 @@ def is_transposed(fused: nn.Module) -> bool:
 class SeparateExperts(nn.Module):
     """Experts as linears: `0.gate_up_proj`, `0.down_proj`, `1.gate_up_proj` and on, up_proj where nothing gates.
 
-    The forward pass is that of the fused module. A routed one is given hidden_states [N, H], top_k_index [N, K] and top_k_weights
+    The forward pass is that of the fused module. A routed one is given hidden_states [N, H], top_k_index and top_k_weights
     [N, K], an index of E or more standing for no expert, and returns [N, H]. A batched one (Llama 4) is given hidden_states
     [E * N, H], scaled already, with zeros where an expert is not asked, and returns as much.
 
