@@ -65,7 +65,15 @@ def test_what_computes_as_a_linear_becomes_one_and_comes_back(module: nn.Module)
 
 @pytest.mark.parametrize(
     "module",
-    [Scaled(32, 48), Router(), Failing(32, 48), nn.Embedding(48, 32), nn.Conv1d(32, 32, 3), nn.Bilinear(4, 4, 4), nn.LayerNorm(32)],
+    [
+        Scaled(32, 48),
+        Router(),
+        Failing(32, 48),
+        nn.Embedding(48, 32),
+        nn.Conv1d(32, 32, 3),
+        nn.Bilinear(4, 4, 4),
+        nn.LayerNorm(32),
+    ],
     ids=lambda module: type(module).__name__,
 )
 def test_what_computes_something_else_stays(module: nn.Module) -> None:

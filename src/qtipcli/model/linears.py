@@ -56,7 +56,7 @@ def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 def left_exact(block: nn.Module) -> dict[str, str]:
     """Linears of a block that are never rounded, by name -> why: routers, and those smaller than a tile of the trellis."""
-    found = {name: "router of experts" for name in _routers(block)}
+    found = dict.fromkeys(_routers(block), "router of experts")
     for name, module in block.named_modules():
         if type(module) is nn.Linear and min(module.in_features, module.out_features) < TILE:
             found.setdefault(name, f"smaller than a tile: {module.out_features} x {module.in_features}")

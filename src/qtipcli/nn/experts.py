@@ -37,9 +37,9 @@ def is_transposed(fused: nn.Module) -> bool:
 class SeparateExperts(nn.Module):
     """Experts as linears: `0.gate_up_proj`, `0.down_proj`, `1.gate_up_proj` and on, up_proj where nothing gates.
 
-    The forward pass is that of the fused module: for a routed one `(hidden_states [N, H], top_k_index [N, K],
-    top_k_weights [N, K])`, an index of E or more standing for no expert; for a batched one (Llama 4) `(hidden_states [E * N, H])`,
-    already scaled, with zeros where an expert is not asked. Returns [N, H], or [E * N, H].
+    The forward pass is that of the fused module. A routed one is given hidden_states [N, H], top_k_index and top_k_weights
+    [N, K], an index of E or more standing for no expert, and returns [N, H]. A batched one (Llama 4) is given hidden_states
+    [E * N, H], scaled already, with zeros where an expert is not asked, and returns as much.
 
     fused: a module that `is_fused`. It lends its activation, gate and norm, and loses its weights to meta; what a model reads
     from it is read from here. The linears are on the device and of the dtype of its weights, and not filled.
@@ -73,9 +73,7 @@ class SeparateExperts(nn.Module):
                 raise
             return getattr(self._fused[0], name)
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
         if self._batched:
             return self._forward_batched(hidden_states)
         count = self._fused[0].num_experts
@@ -117,9 +115,10 @@ class SeparateExperts(nn.Module):
         """The fused module with the weights that the linears have now, which must be plain and in memory."""
         fused = self._fused[0]
         for name in fused._parameters:
-            leaf, _, is_bias = name.partition("_bias") if name.endswith("_bias") else (name, "", "")
             part = "bias" if name.endswith("_bias") else "weight"
-            linears = [self._modules[str(expert)].get_submodule(leaf) for expert in range(fused.num_experts)]
+            linears = [
+                self._modules[str(expert)].get_submodule(name.removesuffix("_bias")) for expert in range(fused.num_experts)
+            ]
             tensors = [getattr(linear, part).detach() for linear in linears]
             turn = part == "weight" and is_transposed(fused)
             stacked = torch.stack([tensor.T if turn else tensor for tensor in tensors])
@@ -155,7 +154,7 @@ def _is_batched(module: nn.Module) -> bool:
 
 def _has_exactly(module: nn.Module, names: set[str]) -> bool:
     """Whether these are all its own parameters, one row or matrix for each expert: others would go into what it computes."""
-    own = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+    own = dict(module.named_parameters(recurse=False))
     sizes = {name: 2 if name.endswith("_bias") else 3 for name in names}
     return own.keys() == names and all(
         own[name].ndim == size and len(own[name]) == module.num_experts for name, size in sizes.items()

@@ -35,7 +35,7 @@ from qtipcli.quant.rows import row_sizes, with_row_sizes
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import backward, calibrate, outer, streams
 from qtipcli.stages.calibrate import block_key
-from qtipcli.stages.few_tokens import FEW_TOKENS, Moments, StoredMoments
+from qtipcli.stages.few_tokens import FEW_TOKENS, StoredMoments
 from qtipcli.stages.load import default_device
 from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Silent, Watcher
@@ -241,8 +241,8 @@ class _Quantizer:
         if few:
             name = min(few, key=few.__getitem__)
             self.watcher.note(
-                f"{stem[:-1]}: {len(few)} layers of experts saw fewer than {FEW_TOKENS} tokens for each of their inputs, {name} "
-                f"only {few[name]}: the mean Hessian of the experts beside them was mixed in"
+                f"{stem[:-1]}: {len(few)} layers of experts saw fewer than {FEW_TOKENS} tokens for each of their inputs, "
+                f"{name} only {few[name]}: the mean Hessian of the experts beside them was mixed in"
             )
 
     def _round(
