@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +91,6 @@ def packed(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     before = snapshot(where / "out")
     yield where
     assert snapshot(where / "out") == before, "a test wrote to what others read: let it have `own_packed`"
-
 
 
 TEMPLATE = """{%- for message in messages -%}
