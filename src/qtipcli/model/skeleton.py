@@ -64,7 +64,7 @@ class Skeleton:
         self._whole: dict[str, Tensor] | None = None
         self.untied: list[str] = []
         if keys.obstacle:
-            self._whole = _load_whole(source)
+            self._whole = self._load_whole()
             self.notes.append(f"the whole model was loaded into memory, not streamed: {keys.obstacle}")
         self._untie_what_differs()
 
@@ -126,6 +126,9 @@ class Skeleton:
     def _outer_modules(self, root: nn.Module) -> list[nn.Module]:
         inside = {id(owner) for _, block in self.blocks for owner in block.modules()}
         return [owner for owner in root.modules() if id(owner) not in inside]
+
+    def _load_whole(self) -> dict[str, Tensor]:
+        return _load_whole(self.source)
 
     def _untie_what_differs(self) -> None:
         """As transformers does: the config says tied, but the checkpoint holds two tensors that are not equal."""
