@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qtipcli import config
 from qtipcli.config import CalibrationSettings, QuantizeSettings, settings_from
 from qtipcli.data.text import CALIBRATION_DATA, load_documents
+from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.linears import InputGroup, find_linears
 from qtipcli.model.places import signature
 from qtipcli.model.source import ModelSource
 from qtipcli.nn.layout import PackedLayout
-from qtipcli.stages import calibrate, memory, plan, quantize, rates, rounding_rates
+from qtipcli.stages import calibrate, memory, outer, plan, quantize, rates, rounding_rates
 from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT, TOKENS, block_key, load_tokenizer, model_context
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import FLOAT, Sizes, Text
@@ -91,6 +93,33 @@ def of_quantize(
         disk=disk,
         seconds=seconds,
         notes=tuple(job.notes),
+    )
+
+
+def of_pack(source: ModelSource, directory: Path, max_shard_size: str = "5GB") -> Plan:
+    """The plan of pack.run. Raises QtipError where the job is not finished."""
+    job = RunDirectory.load(directory, quantize.STAGE)
+    skeleton = Imagined(source)
+    packed: dict[str, PackedLayout] = {}
+    left: dict[str, str] = {}
+    for key in (*(block_key(index) for index in range(len(skeleton.blocks))), *outer.shard_keys(job.settings)):
+        if not job.done(key):
+            raise QtipError(f"{directory} is not finished: {key} is missing", "give the quantize command again")
+        report = job.report(key)
+        packed |= {name: quantize.layout_of(layer) for name, layer in report["layers"].items()}
+        left |= report["left"]
+    stored, tensors = plan.stored_of(skeleton, packed, max_shard_size)
+    largest = min(stored.weights, config.parse_size(max_shard_size))
+    return Plan(
+        command="pack",
+        model=source.name,
+        layers=plan.kinds_of(skeleton, packed, left, tensors),
+        stored=stored,
+        ram={"pack": resident_bytes() + largest},
+        vram={},
+        disk={"packed directory": stored.weights + stored.index + stored.copied},
+        seconds={"start": age_seconds(), "pack": 2 * stored.weights / WRITE_BYTES_PER_S},
+        notes=(NOT_COUNTED,),
     )
 
 
@@ -203,9 +232,7 @@ class _Job:
     def calibrate_phases(self) -> dict[str, int]:
         kind = self._largest()
         groups = [group for group, _ in self._groups(kind, kind.indices[0])]
-        return memory.calibrate_phases(
-            self.sizes, self.text, kind.passes, groups, self.output_bytes, self.settings.two_sided
-        )
+        return memory.calibrate_phases(self.sizes, self.text, kind.passes, groups, self.output_bytes, self.settings.two_sided)
 
     def quantize_phases(self) -> dict[str, int]:
         kind = self._largest()
@@ -216,9 +243,7 @@ class _Job:
             for (group, _), spec in zip(groups, specs, strict=True)
         ]
         shapes = [group for group, _ in groups]
-        found = memory.quantize_phases(
-            self.sizes, self.text, kind.passes, shapes, needed, self.settings.quantized_prefix
-        )
+        found = memory.quantize_phases(self.sizes, self.text, kind.passes, shapes, needed, self.settings.quantized_prefix)
         plain = self.settings.model_copy(update={"quantized_prefix": False, "two_sided": False})
         for name, layout in self._outside().items():
             group = Group((layout.out_features,), layout.in_features)
@@ -328,7 +353,10 @@ def _sizes(skeleton: Imagined) -> Sizes:
         head=sizes.get(head, 0) if head in names else 0,
         token=FLOAT * embedding.weight.shape[-1],
         vocabulary=embedding.weight.shape[0],
-        read=max(math.prod(skeleton.source.shape(name)) * skeleton.source.dtype(name).itemsize for name in skeleton.source.tensor_names),
+        read=max(
+            math.prod(skeleton.source.shape(name)) * skeleton.source.dtype(name).itemsize
+            for name in skeleton.source.tensor_names
+        ),
     )
 
 

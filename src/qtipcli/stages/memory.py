@@ -80,12 +80,9 @@ def calibrate_phases(
     """Phase -> bytes. groups: of the block with the most. outputs: outputs of a layer -> bytes to choose its damping."""
     hidden = text.tokens * sizes.token
     inputs = sum(FLOAT * group.inputs**2 for group in groups)
-    on_the_way = max(
-        passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs
-    )
+    on_the_way = max(passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs)
     found = {
-        "calibrate, in front of the blocks": sizes.outer
-        + max(sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
+        "calibrate, in front of the blocks": sizes.outer + max(sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
         "calibrate, inputs of a block": hidden + sizes.block + int(on_the_way),
     }
     if not two_sided:

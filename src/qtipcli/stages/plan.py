@@ -156,8 +156,7 @@ def kinds_of(
         why = why if tensor.ndim >= LEFT_SHAPES else ""
         add(name, tuple(tensor.shape), None, str(tensor.dtype).removeprefix("torch."), tensor.nbytes, why)
     kinds = [
-        LayerKind(name, count, shape, bits, code, size, why)
-        for (name, shape, bits, code, why), (count, size) in found.items()
+        LayerKind(name, count, shape, bits, code, size, why) for (name, shape, bits, code, why), (count, size) in found.items()
     ]
     return tuple(sorted(kinds, key=lambda kind: -kind.bytes))
 
