@@ -1,4 +1,4 @@
-"""Owns how a plan is shown: a table of layer kinds on stdout, the totals, and what the prediction rests on; or one JSON object."""
+"""Owns `--dry-run`: which plan each command makes, and how it is shown, as a table with totals or as one JSON object."""
 
 from __future__ import annotations
 

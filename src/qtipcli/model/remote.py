@@ -1,4 +1,4 @@
-"""Owns a Hub model that is not here: its small files in a directory that goes again, and its weights as their headers describe them."""
+"""Owns a Hub model that is not fetched: its small files in a directory that goes again, its weights by their headers alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qtipcli.model.source import (
 
 @contextmanager
 def described(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Iterator[ModelSource]:
-    """A model whose weights are not fetched: a local directory, or a Hub model by its headers. Inside, its small files are there.
+    """A local directory, or a Hub model by the headers of its weights; while inside, its small files are there.
 
     Nothing is added to the Hub's cache. Raises what ModelSource.open raises.
     """

@@ -1,4 +1,4 @@
-"""Owns what --dry-run does: each command's plan, from headers, the text, and a measurement of a few seconds. Nothing is written."""
+"""Owns what --dry-run does: each command's plan, from headers, the text and a measurement of seconds. Nothing is written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Owns the rule that predicts a job's peak memory: for each phase of a stage, what lies in memory at the same time (docs/memory.md).
+"""Owns the rule that predicts a job's peak memory: for each phase of a stage, what lies in memory at once (docs/memory.md).
 
-Pure functions of shapes and settings, of what a token takes on its way through a block and of what rounding a group takes, which
-are measured (stages/rates.py, stages/rounding_rates.py). In bytes, on top of what the process takes before it starts.
+Pure functions of shapes and settings, and of what a token takes in a block and a group in its rounding, which are measured
+(stages/rates.py, stages/rounding_rates.py). In bytes, on top of what the process takes before it starts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ NORM_COPIES = 4
 
 LOGIT_COPIES = 3
 """The logits of a batch, their probabilities, and those cumulated."""
+
+
+HEAP_TENSOR = 32 << 20
+"""Below this size the C library may serve a tensor from its heap (M_MMAP_THRESHOLD in mallopt(3))."""
+
+HEAP_COPIES = 2
+"""What is kept in the heap among tensors that come and go leaves as much between itself: measured, docs/memory.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,7 @@ class Text:
 
 
 def held(size: int, at_once: int) -> int:
-    """Bytes in memory of activations of `size` bytes, of which `at_once` are worked on: those beyond the limit are in a file."""
+    """Bytes in memory of activations of `size` bytes, `at_once` of them worked on: beyond the limit they are in a file."""
     return size if size <= DEFAULT_MEMORY_GIB * 2**30 else at_once
 
 
@@ -112,6 +119,7 @@ def quantize_phases(
     if prefix:
         streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token)
         kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
+        kept *= HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1
     flowing = streams + kept + sizes.block
     found: dict[str, int] = {}
     done = 0

@@ -1,4 +1,4 @@
-"""Owns the plan of a job: what would be done to each layer, and what it would take in bytes, memory and time. Nothing is written.
+"""Owns the plan of a job: what would be done to each layer, and what it would take in bytes, memory and time.
 
 Sizes come from headers and are exact; memory is added up (stages/memory.py); time is measured on this machine.
 """

@@ -161,7 +161,7 @@ class _Block:
 
 
 def head_seconds(width: int, vocabulary: int, device: torch.device) -> float:
-    """Seconds a token of the head with a drawn gradient, and back: measured on a part of the vocabulary, with which it grows."""
+    """Seconds a token of the head, a drawn gradient and back: measured on a part of the vocabulary, with which it grows."""
     part = min(vocabulary, LARGEST_HEAD)
     weight = torch.full((part, width), 1 / width, device=device, requires_grad=False)
     hidden = torch.ones(PROBE_TOKENS, width, device=device, requires_grad=True)
