@@ -73,9 +73,9 @@ def of_quantize(
     del skeleton, tensors
     head = settings.head_bits is not None or settings.embedding_bits is not None
     job = _Job(source, calibration, settings, hessians, packed, head, job_directory)
-    phases = job.calibrate_phases()
+    phases = {} if job.is_calibrated else job.calibrate_phases()
     phases |= job.quantize_phases()
-    seconds = job.start_seconds() | job.calibrate_seconds() | job.quantize_seconds()
+    seconds = job.start_seconds() | ({} if job.is_calibrated else job.calibrate_seconds()) | job.quantize_seconds()
     disk = ({} if job.is_calibrated else job.hessian_disk()) | {
         "quantize job": sum(layout.stored_bits // 8 for layout in packed.values())
     }
