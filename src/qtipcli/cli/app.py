@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qtipcli.cli import dry_run as dry_runs
 from qtipcli.cli import options
 from qtipcli.cli import push as pushing
 from qtipcli.cli.bench import bench_app
@@ -69,18 +70,23 @@ def calibrate(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure what the model's layers see: one proxy Hessian for each input, saved once and used for every bitrate."""
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import calibrate, pipeline
 
     settings = settings_from(CalibrationSettings, options.given(data=data, samples=samples, context=context, seed=seed))
+    if dry_run:
+        dry_runs.calibrate(model, revision, trust_remote_code, as_json, settings, out, head, two_sided)
+        return
     source = ModelSource.open(model, revision, trust_remote_code)
     with Display() as display:
         directory = calibrate.run(
             source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided
         )  # fmt: skip
-    print(directory)
+    print_json({"directory": str(directory)}) if as_json else print(directory)
 
 
 @app.command()
@@ -136,6 +142,7 @@ def quantize(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantize a model: calibrate if need be, round every linear of every block, pack a directory that transformers loads."""
@@ -151,6 +158,11 @@ def quantize(
     calibration = chosen.calibrate.model_dump(exclude_defaults=True) | options.given(
         data=data, samples=samples, context=context, seed=seed
     )
+    if dry_run:
+        dry_runs.quantize(
+            model, revision, trust_remote_code, as_json, calibration, settings, allocation, hessians, out, pack
+        )  # fmt: skip
+        return
     pushing.check(push_to, pack)
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pipeline
@@ -182,9 +194,13 @@ def pack_command(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Pack a finished quantize job: shards, config, tokenizer, card and checksums, the index last."""
+    if dry_run:
+        dry_runs.pack(model, revision, trust_remote_code, as_json, job, max_shard_size)
+        return
     pushing.check(push_to)
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pack

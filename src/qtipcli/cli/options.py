@@ -21,6 +21,7 @@ Context = Annotated[int | None, typer.Option(help="Tokens in each window \\[the 
 Seed = Annotated[int | None, typer.Option(help="Of the windows chosen and of the random signs [0].", min=0)]
 Force = Annotated[bool, typer.Option("--force", help="Start again over what is there, and replace what is in the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and what it takes; write nothing.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 PushTo = Annotated[str | None, typer.Option(metavar="USER/REPO", help="Push the packed model to the Hub when it is done.")]

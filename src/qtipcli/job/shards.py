@@ -49,6 +49,24 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
     Returns the file's sha256 as hex. Raises StorageError (disk full, no permission ...): then nothing is left behind.
     """
+    names, header, _ = _layout(tensors, metadata)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header
+        for name in names:
+            yield _tensor_bytes(tensors[name])
+
+    return write_atomic(Path(path), chunks())[0]
+
+
+def shard_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """The size of the file that `write_shard` makes of these; the tensors may be on meta."""
+    _, header, content = _layout(tensors, metadata)
+    return len(header) + content
+
+
+def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[list[str], bytes, int]:
+    """(the names in the order in which tensors are written, the header, bytes behind it)."""
     # Widest dtype first keeps every tensor aligned to its element size without padding between tensors.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, dict[str, Any]] = {}
@@ -58,14 +76,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    header = build_header(entries, {"format": "pt", **(metadata or {})})
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield header
-        for name in names:
-            yield _tensor_bytes(tensors[name])
-
-    return write_atomic(Path(path), chunks())[0]
+    return names, build_header(entries, {"format": "pt", **(metadata or {})}), offset
 
 
 def _tensor_bytes(tensor: Tensor) -> memoryview:

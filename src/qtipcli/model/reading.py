@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qtipcli.errors import CorruptError
 from qtipcli.model.keys import Conversion, KeyMap
-from qtipcli.model.source import ModelSource
 from qtipcli.nn.plain import Origin
+
+
+class Stored(Protocol):
+    """What tensors are read from: a ModelSource, or what stands for one."""
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """A tensor by its name in the checkpoint, or its row `row`."""
+        ...
 
 
 class Reader:
@@ -28,7 +36,7 @@ class Reader:
         whole: every tensor of that model, where the checkpoint could not be covered; None where it is streamed.
     """
 
-    def __init__(self, source: ModelSource, keys: KeyMap, model: nn.Module, whole: dict[str, Tensor] | None) -> None:
+    def __init__(self, source: Stored, keys: KeyMap, model: nn.Module, whole: dict[str, Tensor] | None) -> None:
         self._source, self._keys, self._model, self._whole = source, keys, model, whole
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         self._last: tuple[str, Tensor] | None = None

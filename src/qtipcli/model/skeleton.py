@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qtipcli.errors import CorruptError, QtipError
 from qtipcli.model.keys import map_keys
-from qtipcli.model.reading import Reader
+from qtipcli.model.reading import Reader, Stored
 from qtipcli.model.source import ModelSource, check_finite
 from qtipcli.nn.plain import make_plain
 
@@ -60,10 +60,10 @@ class Skeleton:
         _move_buffers(self.model, self.device)
         self.tied = _tied_names(self.model)
         keys = map_keys(self.model, source, self.tied)
-        whole = _load_whole(source) if keys.obstacle else None
+        whole = self._load_whole() if keys.obstacle else None
         if keys.obstacle:
             self.notes.append(f"the whole model was loaded into memory, not streamed: {keys.obstacle}")
-        self._reader = Reader(source, keys, self.model, whole)
+        self._reader = Reader(self._stored(), keys, self.model, whole)
         self._reader.origins = make_plain(self.model).origins
         self.blocks = find_blocks(self.model)
         inside = tuple(f"{name}." for name, _ in self.blocks)
@@ -130,6 +130,13 @@ class Skeleton:
     def _outer_modules(self, root: nn.Module) -> list[nn.Module]:
         inside = {id(owner) for _, block in self.blocks for owner in block.modules()}
         return [owner for owner in root.modules() if id(owner) not in inside]
+
+    def _stored(self) -> Stored:
+        """Where tensors are read from."""
+        return self.source
+
+    def _load_whole(self) -> dict[str, Tensor]:
+        return _load_whole(self.source)
 
     def _untie_what_differs(self) -> None:
         """As transformers does: the config says tied, but the checkpoint holds two tensors that are not equal."""

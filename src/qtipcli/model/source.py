@@ -6,7 +6,6 @@ refused here, before any work is done. Nothing is unpickled, and no code of the 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -15,20 +14,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
+from qtipcli.model.hub_errors import at, hub_errors, near_folder
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,11 +29,11 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Everything of a repository that is neither weights nor a copy of the model for another program (onnx/, original/, gguf).
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 _CODE_FILES = ("*.py",)
-_OTHER_COPIES = ("onnx/*", "openvino/*", "original/*", "coreml/*")
+OTHER_COPIES = ("onnx/*", "openvino/*", "original/*", "coreml/*")
 
 # The dtypes a float checkpoint holds, by safetensors' names for them (safetensors format description). FP8 and the packed
 # 4-bit kinds are left out on purpose: such a checkpoint is quantized already.
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -114,14 +105,27 @@ class ModelSource:
         """
         name = str(name_or_path)
         directory = _locate(name, revision, trust_remote_code, accepted_method)
+        return cls.of_directory(directory, name, trust_remote_code, accepted_method)
+
+    @classmethod
+    def of_directory(
+        cls,
+        directory: Path,
+        name: str,
+        trust_remote_code: bool,
+        accepted_method: str | None = None,
+        tensors: dict[str, StoredTensor] | None = None,
+    ) -> ModelSource:
+        """As `open`, of a directory that is there. tensors: what its weights are, where only the rest of it is there."""
         _refuse_quantized(_read_json(directory / CONFIG_FILE), name, accepted_method)
         config = _load_config(directory, name, trust_remote_code)
         if accepted_method is not None and hasattr(config, "quantization_config"):
             del config.quantization_config
         _refuse_other_tasks(config, name)
-        tensors: dict[str, StoredTensor] = {}
-        for shard, expected in _shard_contents(directory, name).items():
-            tensors |= _read_header(shard, expected)
+        if tensors is None:
+            tensors = {}
+            for shard, expected in _shard_contents(directory, name).items():
+                tensors |= _read_header(shard, expected)
         return cls(directory, name, config, tensors, trust_remote_code)
 
     @property
@@ -203,21 +207,12 @@ def _locate(name: str, revision: str | None, trust_remote_code: bool, accepted_m
     if path.exists():
         raise QtipError(f"{name} is a file, not a model directory", f"give the directory that holds it: {path.parent}")
     if _looks_local(name):
-        raise QtipError(f"{name} does not exist", _near_folder(path) or "check the path, or give a Hub id such as org/model")
+        raise QtipError(f"{name} does not exist", near_folder(path) or "check the path, or give a Hub id such as org/model")
     return _download(name, revision, trust_remote_code, accepted_method)
 
 
 def _looks_local(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~", ".")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
-
-
-def _near_folder(path: Path) -> str:
-    """A "did you mean" for a path that does not exist, or nothing."""
-    if not path.parent.is_dir():
-        return ""
-    folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    near = difflib.get_close_matches(path.name, folders, n=1)
-    return f"did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _where_models_are(path: Path) -> str:
@@ -228,35 +223,21 @@ def _where_models_are(path: Path) -> str:
 
 def _download(name: str, revision: str | None, trust_remote_code: bool, accepted_method: str | None) -> Path:
     """Fetches a Hub model: first what is small, then exactly the weight files that its index names."""
-    at = f" at revision {revision}" if revision else ""
-    try:
-        code = _CODE_FILES if trust_remote_code else ()
-        small = [*_SMALL_FILES, *code]
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=list(_OTHER_COPIES)))
+    with hub_errors(name, revision):
+        small = small_files(trust_remote_code)
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=list(OTHER_COPIES)))
         if not (directory / CONFIG_FILE).is_file():
-            raise QtipError(f"{name}{at} on the Hugging Face Hub has no {CONFIG_FILE}", "choose a transformers model")
-        _refuse_quantized(
-            _read_json(directory / CONFIG_FILE), name, accepted_method
-        )  # before gigabytes are fetched for nothing
+            raise QtipError(f"{name}{at(revision)} on the Hugging Face Hub has no {CONFIG_FILE}", "choose a transformers model")
+        # Before gigabytes are fetched for nothing.
+        _refuse_quantized(_read_json(directory / CONFIG_FILE), name, accepted_method)
         index = directory / INDEX_FILE
         weights = sorted(set(_index_weight_map(index).values())) if index.is_file() else [SINGLE_FILE]
         return Path(snapshot_download(name, revision=directory.name, allow_patterns=[*small, *weights]))
-    except GatedRepoError as error:
-        hint = f"accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
-        raise QtipError(f"{name} is gated and this account has no access", hint) from error
-    except RevisionNotFoundError as error:
-        raise QtipError(f"{name} has no revision {revision}", "see its branches and tags on the Hugging Face Hub") from error
-    except RepositoryNotFoundError as error:
-        hint = _near_folder(Path(name)) or "check the spelling; a private model needs `hf auth login`"
-        raise QtipError(f"{name} is neither a local directory nor a model on the Hugging Face Hub", hint) from error
-    except HFValidationError as error:
-        hint = _near_folder(Path(name)) or "give a local directory, or a Hub id such as org/model"
-        raise QtipError(f"{name} is neither a local directory nor a possible Hub id", hint) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
-        hint = _near_folder(Path(name)) or "check the network, or give the path of a local copy"
-        raise QtipError(f"{name}{at} is not in the local cache and the Hugging Face Hub cannot be reached", hint) from error
-    except OSError as error:
-        raise storage_error(error, error.filename or "the Hugging Face cache") from error
+
+
+def small_files(trust_remote_code: bool) -> list[str]:
+    """Patterns of all files of a repository but its weights."""
+    return [*_SMALL_FILES, *(_CODE_FILES if trust_remote_code else ())]
 
 
 # ---- what its config says --------------------------------------------------------------------------------------------------
@@ -367,10 +348,10 @@ def _read_header(shard: Path, expected: set[str]) -> dict[str, StoredTensor]:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
                 view = file.get_slice(name)
-                if view.get_dtype() not in _DTYPES:
+                if view.get_dtype() not in DTYPES:
                     hint = "start from the original model with its bf16 or fp16 weights"
                     raise QtipError(f"{shard}: {name} is stored as {view.get_dtype()}: the model is quantized already", hint)
-                tensors[name] = StoredTensor(shard, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+                tensors[name] = StoredTensor(shard, tuple(view.get_shape()), DTYPES[view.get_dtype()])
     except OSError as error:
         raise storage_error(error, shard, "read") from error
     except SafetensorError as error:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 
 from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
 from qtipcli.hub import remote_code
@@ -199,30 +199,19 @@ class _Packer:
         config = self._write_config()
         record = {"format": "qtip", "job": _job_record(self.job), **self.provenance, "layers": self.layers}
         write_record(self.directory, record)
-        index = {
-            "metadata": {"total_size": split.metadata["total_size"], "total_parameters": self._parameters()},
-            "weight_map": split.tensor_to_filename,
-        }
+        index = index_of(split, parameter_count(self.skeleton))
         card.write(self.directory, config, record, index, card.inherited_from(self.source.directory, self.watcher))
         if self._is_local():
             where = {"base_model": str(self.source.directory.absolute())}
             write_text_atomic(self.directory / LOCAL_FILE, json.dumps(where) + "\n")
-        write_text_atomic(self.directory / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text_atomic(self.directory / INDEX_FILE, index_text(index))
 
     def _is_local(self) -> bool:
         return Path(self.source.name).expanduser().is_dir()
 
     def _plan(self) -> dict[str, torch.Tensor]:
-        """Every tensor to be stored, on meta: the model's own, and for each packed layer its parts in the weight's place."""
-        plan: dict[str, torch.Tensor] = {}
-        kept = {name: tensor for name, tensor in self.skeleton.model.state_dict().items() if name not in self.skeleton.tied}
-        for name in kept:
-            layer, _, leaf = name.rpartition(".")
-            if leaf == "weight" and layer in self.layers:
-                plan |= {f"{layer}.{part}": tensor.to("meta") for part, tensor in self._packed(layer).items()}
-            elif self.skeleton.holds(name):
-                plan[name] = self.skeleton.read(name).to("meta")
-        return plan
+        """Every tensor to be stored, on meta."""
+        return stored_tensors(self.skeleton, self.layers, self._packed)
 
     def _packed(self, layer: str) -> dict[str, torch.Tensor]:
         with self.job.open_shard(self.shard_of[layer]) as shard:
@@ -259,25 +248,66 @@ class _Packer:
         write_text_atomic(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
         return own
 
-    def _parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.skeleton.model.parameters())
+
+def stored_tensors(
+    skeleton: Skeleton, layers: Collection[str], parts: Callable[[str], Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Every tensor of a packed directory, on meta: the model's own, and for each packed layer its parts in the weight's place.
+
+    layers: names of those that are packed. parts: such a name -> the tensors stored for it, the empty weight among them.
+    """
+    plan: dict[str, torch.Tensor] = {}
+    kept = {name: tensor for name, tensor in skeleton.model.state_dict().items() if name not in skeleton.tied}
+    for name in kept:
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and layer in layers:
+            plan |= {f"{layer}.{part}": tensor.to("meta") for part, tensor in parts(layer).items()}
+        elif skeleton.holds(name):
+            plan[name] = skeleton.read(name).to("meta")
+    return plan
 
 
-def copy_other_files(model: Path, out: Path, without: tuple[str, ...]) -> None:
-    """Copy what belongs to a model besides its weights: tokenizer, chat templates, processor, generation config, licence.
+def index_of(split: StateDictSplit, parameters: int) -> dict[str, Any]:
+    """The index of a directory's shards. parameters: of the model."""
+    return {
+        "metadata": {"total_size": split.metadata["total_size"], "total_parameters": parameters},
+        "weight_map": split.tensor_to_filename,
+    }
+
+
+def index_text(index: Mapping[str, Any]) -> str:
+    """As it is written."""
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def parameter_count(skeleton: Skeleton) -> int:
+    """Parameters of the model as it is without packing, tied ones once."""
+    return sum(parameter.numel() for parameter in skeleton.model.parameters())
+
+
+def other_files(model: Path, without: tuple[str, ...] = NOT_COPIED) -> list[Path]:
+    """The files that `copy_other_files` copies.
 
     All but weights, indexes and hidden files, and at the top the names in `without`. A folder with weights or a config of its
     own is another model, or this one for another program, and stays behind.
     """
+    found: list[Path] = []
     for file in sorted(model.iterdir()):
         if file.name.startswith(".") or is_weight(file):
             continue
         if file.is_dir():
-            if _belongs(file):
-                (out / file.name).mkdir()
-                copy_other_files(file, out / file.name, ())
+            found += other_files(file, ()) if _belongs(file) else []
         elif file.name not in without:
-            shutil.copyfile(file, out / file.name)
+            found.append(file)
+    return found
+
+
+def copy_other_files(model: Path, out: Path, without: tuple[str, ...]) -> None:
+    """Copy what belongs to a model besides its weights: tokenizer, chat templates, processor, generation config, licence."""
+    for file in other_files(model, without):
+        target = out / file.relative_to(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def is_weight(file: Path) -> bool:

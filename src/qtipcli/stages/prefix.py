@@ -175,6 +175,11 @@ class Prefix:
                 self._forward(index, self._quantized, batch)
         self._forget()
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of the block that was entered last, in memory or in files."""
+        return sum(torch.Size(shape).numel() * kept.dtype.itemsize for kept in self._kept.values() for shape in kept.shapes)
+
     def close(self) -> None:
         """Give files back."""
         for stream in (self._original, self._quantized):

@@ -107,7 +107,7 @@ class _Quantizer:
         for note in self.skeleton.notes:
             watcher.note(note)
         refuse_unsupported(self.skeleton)
-        self._refuse_unused_patterns()
+        refuse_unused_patterns(self.skeleton, settings)
         self.outer = outer.plan(self.skeleton, settings)
         if outer.needs_head_hessian(self.outer) and not calibration.done(calibrate.HEAD):
             raise QtipError(
@@ -334,12 +334,6 @@ class _Quantizer:
         if report["dead_inputs"]:
             self.watcher.note(f"{name}: {report['dead_inputs']} of {columns} inputs were always zero in calibration")
 
-    def _refuse_unused_patterns(self) -> None:
-        names = [f"{prefix}.{name}" for prefix, block in self.skeleton.blocks for name in find_linears(block)]
-        for pattern in (*self.settings.skip, *self.settings.layers):
-            if not fnmatch.filter(names, pattern):
-                raise SettingsError(f"no layer is called {pattern!r}", f"names look like {names[0]}; * stands for anything")
-
 
 def _packed_layers(reports: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> dict[str, TrellisLinear]:
     """Full name -> layer, from what the ledger and the shard keep of them; biases are the model's own."""
@@ -362,3 +356,11 @@ def layout_of(report: Mapping[str, Any]) -> PackedLayout:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def refuse_unused_patterns(skeleton: Skeleton, settings: QuantizeSettings) -> None:
+    """Raise SettingsError where a pattern of the settings fits no layer."""
+    names = [f"{prefix}.{name}" for prefix, block in skeleton.blocks for name in find_linears(block)]
+    for pattern in (*settings.skip, *settings.layers):
+        if not fnmatch.filter(names, pattern):
+            raise SettingsError(f"no layer is called {pattern!r}", f"names look like {names[0]}; * stands for anything")

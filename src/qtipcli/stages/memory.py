@@ -1,0 +1,136 @@
+"""Owns the rule that predicts a job's peak memory: for each phase of a stage, what lies in memory at once (docs/memory.md).
+
+Pure functions of shapes and settings, and of what a token takes in a block and a group in its rounding, which are measured
+(stages/rates.py, stages/rounding_rates.py). In bytes, on top of what the process takes before it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qtipcli.stages.backward import LEAST_BATCHES, MICRO_TOKENS, MOST_TOKENS
+from qtipcli.stages.calibrate import BATCH_TOKENS
+from qtipcli.stages.rates import Passes
+from qtipcli.stages.rounding_rates import Group
+from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
+
+FLOAT = 4
+"""Bytes of a value in memory: everything is computed in float32."""
+
+NORM_COPIES = 4
+"""Tensors of the hidden states' size that the final norm of a model makes of them."""
+
+LOGIT_COPIES = 3
+"""The logits of a batch, their probabilities, and those cumulated."""
+
+
+HEAP_TENSOR = 32 << 20
+"""Below this size the C library may serve a tensor from its heap (M_MMAP_THRESHOLD in mallopt(3))."""
+
+HEAP_COPIES = 2
+"""What is kept in the heap among tensors that come and go leaves as much between itself: measured, docs/memory.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What of a model decides about memory. Bytes in float32: one block with the most; its linears; everything outside the
+    blocks but the head; the head where it is not tied; one token's hidden states. read: of the largest stored tensor.
+    """
+
+    blocks: int
+    block: int
+    linears: int
+    outer: int
+    head: int
+    token: int
+    vocabulary: int
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Calibration text: rows windows of context tokens each."""
+
+    rows: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """All."""
+        return self.rows * self.context
+
+    @property
+    def batch(self) -> int:
+        """Tokens that go through a block at once."""
+        return min(self.tokens, max(1, BATCH_TOKENS // self.context) * self.context)
+
+    @property
+    def rows_back(self) -> int:
+        """Windows that go back through the model."""
+        return min(self.rows, max(1, MOST_TOKENS // self.context))
+
+    @property
+    def batch_back(self) -> int:
+        """Tokens that go back through a block at once."""
+        return max(1, min(MICRO_TOKENS // self.context, self.rows_back // LEAST_BATCHES)) * self.context
+
+
+def held(size: int, at_once: int) -> int:
+    """Bytes in memory of activations of `size` bytes, `at_once` of them worked on: beyond the limit they are in a file."""
+    return size if size <= DEFAULT_MEMORY_GIB * 2**30 else at_once
+
+
+def calibrate_phases(
+    sizes: Sizes, text: Text, passes: Passes, groups: Sequence[Group], outputs: Mapping[int, int], two_sided: bool
+) -> dict[str, int]:
+    """Phase -> bytes. groups: of the block with the most. outputs: outputs of a layer -> bytes to choose its damping."""
+    hidden = text.tokens * sizes.token
+    inputs = sum(FLOAT * group.inputs**2 for group in groups)
+    on_the_way = max(passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs)
+    found = {
+        "calibrate, in front of the blocks": sizes.outer + max(sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
+        "calibrate, inputs of a block": hidden + sizes.block + int(on_the_way),
+    }
+    if not two_sided:
+        return found
+    back, rows = text.batch_back, text.rows_back * text.context
+    streams = held((sizes.blocks + 1) * rows * sizes.token, 2 * back * sizes.token)
+    squares = [FLOAT * each**2 for group in groups for each in group.outputs]
+    largest = max((bytes_ - 2 * FLOAT * each**2 for each, bytes_ in outputs.items()), default=0)
+    return found | {
+        "output side, predictions": streams
+        + sizes.outer
+        + sizes.head
+        + LOGIT_COPIES * FLOAT * back * sizes.vocabulary
+        + NORM_COPIES * back * sizes.token,
+        "output side, gradients of a block": streams
+        + sizes.block
+        + 2 * sum(squares)
+        + max(int(passes.backward_bytes * back), sum(squares) + largest),
+    }
+
+
+def quantize_phases(
+    sizes: Sizes, text: Text, passes: Passes, groups: Sequence[Group], rounding: Sequence[int], prefix: bool
+) -> dict[str, int]:
+    """Phase -> bytes. groups: of the block with the most, rounding: bytes that rounding each of them takes."""
+    streams = kept = 0
+    if prefix:
+        streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token)
+        kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
+        kept *= HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1
+    flowing = streams + kept + sizes.block
+    found: dict[str, int] = {}
+    done = 0
+    for group, needed in zip(groups, rounding, strict=True):
+        weights = FLOAT * group.inputs * sum(group.outputs)
+        sums = 4 * FLOAT * group.inputs**2 + 2 * weights + int(passes.prefix_bytes * text.batch) if prefix else 0
+        phases = {"quantize, rounding of a group": needed, "quantize, what a group is given": sums}
+        for phase, bytes_ in phases.items():
+            found[phase] = max(found.get(phase, 0), flowing + done + bytes_)
+        done += weights if prefix else 0
+    if prefix:
+        passing = int((passes.forward_bytes + sizes.token) * text.batch)
+        found["quantize, on to the next block"] = flowing + sizes.linears + passing
+    return found
