@@ -13,6 +13,7 @@ from qtipcli.model import remote
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import memory, plan, rounding_rates
+from qtipcli.stages.dry_run import TUNING_NOT_COUNTED
 from qtipcli.stages.live_bytes import LiveBytes
 from qtipcli.stages.memory import Sizes, Text
 from qtipcli.stages.rates import Passes
@@ -207,3 +208,8 @@ def test_streams_beyond_the_limit_are_not_in_memory():
     )
     assert small == 2 * 256 * 2048 * 4096 + 8192 * 4096 + 18
     assert large == 3 * 8192 * 4096 + 18
+
+
+def test_what_tuning_takes_is_said_not_to_be_counted(quantize):
+    plain, tuned = (json.loads(quantize("--dry-run", "--json", *more).out)["notes"] for more in ((), ("--tune-blocks",)))
+    assert set(tuned) - set(plain) == {TUNING_NOT_COUNTED}

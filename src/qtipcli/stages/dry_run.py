@@ -38,6 +38,8 @@ WRITE_BYTES_PER_S = 200e6
 
 NOT_COUNTED = "config.json, qtip.json and README.md are not counted: their size depends on figures that only a run gives"
 
+TUNING_NOT_COUNTED = "tuning each block is not counted: it takes more memory and time than is said here"
+
 
 def of_calibrate(
     source: ModelSource, settings: CalibrationSettings, directory: Path, head: bool = False, two_sided: bool = False
@@ -83,7 +85,7 @@ def of_quantize(
         phases["pack"] = stored.weights // stored.files + job.sizes.read
         seconds["pack"] = 2 * stored.weights / WRITE_BYTES_PER_S
         disk["packed directory"] = stored.weights + stored.index + stored.copied
-    job.notes.append(NOT_COUNTED)
+    job.notes += [NOT_COUNTED] if settings.tune_blocks is None else [NOT_COUNTED, TUNING_NOT_COUNTED]
     return Plan(
         command="quantize",
         model=source.name,
