@@ -13,7 +13,7 @@ from qtipcli.cli.app import app
 
 FOLDER = Path(__file__).with_name("commands")
 
-PLAIN = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "110", "TERMINAL_WIDTH": "110"}
+PLAIN = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "110"}
 
 
 def pages() -> dict[str, str]:
