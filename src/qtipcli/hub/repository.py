@@ -16,7 +16,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
+    get_session,
     get_token,
 )
 from huggingface_hub.errors import (
@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from qtipcli.errors import QtipError
 
@@ -135,11 +135,19 @@ class Repository:
                 if isinstance(file, RepoFile)
             }
 
-        return self._ask("list", listed, tries_again=False)  # huggingface_hub does
+        return self._ask("list", listed)
 
     def check_card(self, text: str) -> None:
         """Let the Hub look at a card before anything is sent. Raises QtipError where it refuses its metadata."""
-        self._ask("card", lambda: ModelCard(text).validate())
+        self._ask("card", lambda: self._validate(text))
+
+    def _validate(self, text: str) -> None:
+        # As ModelCard.validate does it, which in huggingface_hub 1 asks huggingface.co whatever HF_ENDPOINT says.
+        body = {"repoType": "model", "content": text}
+        answer = get_session().post(f"{self._api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
+        if answer.status_code == 400:
+            raise ValueError(answer.text)
+        hf_raise_for_status(answer)
 
     def send(self, additions: list[CommitOperationAdd], revision: str, create_pr: bool) -> None:
         """Send the content of those that the Hub stores as large files; the others wait for the commit.
