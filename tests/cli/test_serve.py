@@ -1,6 +1,6 @@
 """`qtip serve` with a packed model, asked over HTTP as an OpenAI client does. The oracle is transformers' generate.
 
-The server's libraries are an extra, so that most of this is skipped where they are not installed.
+The server's libraries are an extra, and installed for tests; without them most of this is skipped.
 """
 
 from __future__ import annotations

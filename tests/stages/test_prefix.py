@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qtipcli.errors import QtipError
+from qtipcli.errors import QtipError, StoppedError
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import streams
@@ -149,3 +149,18 @@ def test_layers_that_are_called_more_than_once_are_not_compared(tiny_model: Path
     assert (twice.tokens, twice.missing) == (2 * once.tokens, {})
     torch.testing.assert_close(twice.hessian_II, 2.5 * once.hessian_II, rtol=1e-5, atol=1e-6)  # (1 + 4) / 2
     assert prefix.moments(1, GROUPS[0], {}).missing.keys() == set(GROUPS[0])
+
+
+def test_ctrl_c_waits_until_the_block_is_rounded(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a block's layers nothing asks whether to stop: what is rounded of it would be lost."""
+    prefix = at_second_block(tiny_model, tmp_path, {})
+
+    def stop() -> None:
+        raise StoppedError("stopped")
+
+    monkeypatch.setattr("qtipcli.stages.prefix.checkpoint", stop)
+    for names in GROUPS:
+        assert prefix.moments(1, names, {}).tokens
+    assert prefix._look_at_experts(1, GROUPS[1], GROUPS[1], {})  # as if it were an expert's
+    with pytest.raises(StoppedError):
+        prefix.enter(1, GROUPS)

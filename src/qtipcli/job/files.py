@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from qtipcli.errors import storage_error
+from qtipcli.errors import SettingsError, storage_error
 
 TEMPORARY_SUFFIX = ".qtip-tmp"
 _CHUNK_BYTES = 16 * 2**20  # long enough to stream at the disk's speed, short enough that a second Ctrl-C acts at once
@@ -22,6 +22,20 @@ _CHUNK_BYTES = 16 * 2**20  # long enough to stream at the disk's speed, short en
 def temporary_path(path: Path) -> Path:
     """The name under which `path` is written before it is complete; the same for every attempt, so that none pile up."""
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+
+def check_target(path: Path) -> None:
+    """Raise SettingsError or StorageError unless a file can be written to `path`; before a long measurement, not after it."""
+    if not path.parent.is_dir():
+        raise SettingsError(f"{path.parent} does not exist", "make the directory, or choose another")
+    if path.is_dir():
+        raise SettingsError(f"{path} is a directory", "give the name of a file")
+    trial = temporary_path(path)
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise storage_error(error, path) from error
 
 
 def is_temporary(path: Path) -> bool:

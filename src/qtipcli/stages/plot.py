@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from qtipcli.errors import QtipError, SettingsError, storage_error
-from qtipcli.job.files import temporary_path, write_atomic
+from qtipcli.errors import QtipError, SettingsError
+from qtipcli.job import files
+from qtipcli.job.files import write_atomic
 from qtipcli.stages.limits import weights_limit
 
 MARKERS = "osD^v<>Pp"
@@ -24,16 +25,7 @@ def check_target(path: Path) -> None:
     """Raise SettingsError or StorageError unless a PNG can go to `path`; before a long measurement, not after it."""
     if path.suffix.lower() != ".png":
         raise SettingsError(f"{path} is no PNG file", "give a name that ends in .png")
-    if not path.parent.is_dir():
-        raise SettingsError(f"{path.parent} does not exist", "make the directory, or choose another")
-    if path.is_dir():
-        raise SettingsError(f"{path} is a directory", "give the name of a file")
-    trial = temporary_path(path)
-    try:
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise storage_error(error, path) from error
+    files.check_target(path)
     _matplotlib()
 
 

@@ -145,7 +145,6 @@ class Prefix:
         tokens = dict.fromkeys(sums, 0)
         with _replaced(block, prefix, rounded):
             for batch in range(len(self._quantized)):
-                checkpoint()
                 one_input = streams.batch_at(self._quantized, self._calls, batch)
                 given, _ = look(self._skeleton, index, one_input, list(short), [], once=False)
                 for name, inputs in given.items():

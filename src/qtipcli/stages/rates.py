@@ -6,7 +6,6 @@ measured on a part of it; what grows with a matrix, on small matrices of the sam
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from qtipcli.model.linears import HessianRecorder, InputGroup, OutputRecorder, i
 from qtipcli.stages import backward, calibrate
 from qtipcli.stages.live_bytes import LiveBytes
 from qtipcli.stages.prefix import Prefix
+from qtipcli.stages.timing import elapsed
 from qtipcli.tune.activations import Activations
 
 BLOCK_SECONDS = 4.0
@@ -79,7 +79,7 @@ def measure_passes(
         probe = rows[:1, :PROBE_TOKENS]
         memory = _Block(skeleton, index, groups, probe)
         memory.forward()  # the first pass starts threads and asks for memory
-        seconds = _seconds(memory.forward, skeleton.device)
+        seconds = elapsed(memory.forward, skeleton.device)
         affordable = int(BLOCK_SECONDS / share / PASSES / max(seconds, 1e-6) * probe.shape[1])
         if affordable >= rows.shape[1]:
             part = rows[: max(1, affordable // rows.shape[1])]
@@ -89,8 +89,8 @@ def measure_passes(
         tokens = part.numel()
         kept, prefix_seconds, prefix_bytes = block.prefix() if prefix else (0.0, 0.0, 0.0)
         return Passes(
-            calibrate=_seconds(block.calibrate, skeleton.device) / tokens,
-            output_side=(_seconds(block.forward, skeleton.device) + _seconds(block.backward, skeleton.device)) / tokens
+            calibrate=elapsed(block.calibrate, skeleton.device) / tokens,
+            output_side=(elapsed(block.forward, skeleton.device) + elapsed(block.backward, skeleton.device)) / tokens
             if two_sided
             else 0.0,
             prefix=prefix_seconds / tokens,
@@ -152,10 +152,10 @@ class _Block:
         with LiveBytes() as entering:
             prefix.enter(self.index, named)
         kept = prefix.kept_bytes
-        seconds = _seconds(lambda: prefix.enter(self.index, named), self.skeleton.device)
+        seconds = elapsed(lambda: prefix.enter(self.index, named), self.skeleton.device)
         for names in named:
-            seconds += _seconds(lambda names=names: prefix.moments(self.index, names, {}), self.skeleton.device)
-        seconds += _seconds(lambda: prefix.advance(self.index, {}), self.skeleton.device)
+            seconds += elapsed(lambda names=names: prefix.moments(self.index, names, {}), self.skeleton.device)
+        seconds += elapsed(lambda: prefix.advance(self.index, {}), self.skeleton.device)
         prefix.close()
         return kept / self.rows.numel(), seconds, max(0.0, entering.peak - kept) / self.rows.numel()
 
@@ -171,23 +171,10 @@ def head_seconds(width: int, vocabulary: int, device: torch.device) -> float:
         torch.autograd.grad(logits, hidden, backward.drawn_gradient(logits.detach(), 0))
 
     once()
-    return _seconds(once, device) / PROBE_TOKENS * vocabulary / part
+    return elapsed(once, device) / PROBE_TOKENS * vocabulary / part
 
 
 def _peak(call: Callable[[], None]) -> int:
     with LiveBytes() as live:
         call()
     return live.peak
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,7 +8,6 @@ of products that grow with the cube.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from qtipcli.quant.output_side import OutputHessian, choose_damping
 from qtipcli.quant.scale import SEARCH_FACTORS, SEARCH_ROWS, SEARCH_STATE_BITS
 from qtipcli.quant.transform import Transform, padded
 from qtipcli.stages.live_bytes import LiveBytes
+from qtipcli.stages.timing import elapsed, wait_for
 from qtipcli_kernels.codes import default_lut, tabulate
 from qtipcli_kernels.dispatch import encode
 from qtipcli_kernels.spec import TILE, TILE_WEIGHTS, TrellisSpec
@@ -100,13 +100,13 @@ def encoder_rate(spec: TrellisSpec, fast: bool, device: torch.device, tiles: int
     draws = torch.randn(tiles, TILE_WEIGHTS, generator=torch.Generator().manual_seed(0)).to(device)
     table = tabulate(spec, default_lut(spec)).to(device)
     encode(draws, spec, table, fast)  # compiles it, if nobody has
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     done = 0
     while not done or time.perf_counter() - started < ENCODER_SECONDS:
         encode(draws, spec, table, fast)
         done += 1
-        _wait(device)
+        wait_for(device)
     return done * draws.numel() / (time.perf_counter() - started)
 
 
@@ -121,7 +121,7 @@ def rounding_rates(settings: QuantizeSettings, device: torch.device) -> Rounding
         group = Group((side,), side)
         if not times:
             _round(group, settings, small, device, search=False)
-        seconds = _seconds(lambda group=group: _round(group, settings, small, device, search=False), device)
+        seconds = elapsed(lambda group=group: _round(group, settings, small, device, search=False), device)
         rows.append([1.0, float(group.steps), group.cubes])
         times.append(max(0.0, seconds - group.weights / encoder))
     is_searched = settings.search and settings.scale is None
@@ -151,7 +151,7 @@ def output_side_seconds(outputs: int, device: torch.device) -> float:
     """Seconds to choose the damping of an output side; by the cube where it is large."""
     side = min(outputs, SIDES[-1])
     choose_damping(_hessian(side, device), _hessian(side, device))
-    seconds = _seconds(lambda: choose_damping(_hessian(side, device), _hessian(side, device)), device)
+    seconds = elapsed(lambda: choose_damping(_hessian(side, device), _hessian(side, device)), device)
     return seconds * (outputs / side) ** 3
 
 
@@ -191,16 +191,3 @@ def _positive_fit(rows: list[list[float]], times: list[float]) -> tuple[float, f
     step = max(0.0, (times[1] - times[0]) - cube * (rows[1][2] - rows[0][2])) / (rows[1][1] - rows[0][1])
     layer = max(0.0, times[0] - step * rows[0][1] - cube * rows[0][2])
     return layer, step, cube
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -116,3 +116,18 @@ def captured(run: Callable[[], None]) -> tuple[Callable[[], None], str]:
         torch.cuda.synchronize()
         return run, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     return graph.replay, ""
+
+
+def elapsed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, with all that it left to do on `device`."""
+    wait_for(device)
+    started = time.perf_counter()
+    call()
+    wait_for(device)
+    return time.perf_counter() - started
+
+
+def wait_for(device: torch.device) -> None:
+    """Until `device` has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import qtipcli
-from qtipcli.errors import SettingsError, storage_error
-from qtipcli.job.files import temporary_path, write_text_atomic
+from qtipcli.errors import SettingsError
+from qtipcli.job import files
+from qtipcli.job.files import write_text_atomic
 from qtipcli.stages.figures import WithError, text_of
 from qtipcli.stages.report import charts
 from qtipcli.stages.report.layers import Layer, layers_of
@@ -42,16 +43,7 @@ def check_target(path: Path) -> None:
     """Raise SettingsError or StorageError unless a report can go to `path`; before a long measurement, not after it."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise SettingsError(f"{path} is no HTML file", "give a name that ends in .html")
-    if not path.parent.is_dir():
-        raise SettingsError(f"{path.parent} does not exist", "make the directory, or choose another")
-    if path.is_dir():
-        raise SettingsError(f"{path} is a directory", "give the name of a file")
-    trial = temporary_path(path)
-    try:
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise storage_error(error, path) from error
+    files.check_target(path)
 
 
 def write(report: dict[str, Any], path: Path) -> None:
