@@ -72,7 +72,7 @@ def fork(work: Callable[[], object], stderr: int | None = None) -> int:
         return pid
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a test that fails leaves no process behind
+        die_with_parent()  # a test that fails leaves no process behind
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if stderr is not None:
             os.dup2(stderr, 2)
@@ -84,6 +84,11 @@ def fork(work: Callable[[], object], stderr: int | None = None) -> int:
         sys.stderr.flush()
     finally:
         os._exit(status)  # before pytest notices that there are two of it
+
+
+def die_with_parent() -> None:
+    """End this process when the one that forked it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def exit_status(pid: int) -> int:
