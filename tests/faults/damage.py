@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from faults.judge import Fault, Verdict, settle
+from faults.judge import FAILED, REFUSED, Fault, Verdict, judged, settle, told
+from faults.runs import start
 from faults.subjects import PACKED
 
 Choose = Callable[[Path], Iterator[Path]]
@@ -21,7 +22,7 @@ def truncated(fault: Fault) -> Verdict:
     victim = _victim(fault, lambda where: where.rglob("*.safetensors"))
     with victim.open("r+b") as file:
         file.truncate(fault.dice.randrange(victim.stat().st_size))
-    return settle(fault)
+    return _settled(fault, victim)
 
 
 def shard_bit(fault: Fault) -> Verdict:
@@ -44,7 +45,23 @@ def _flipped(fault: Fault, choose: Choose) -> Verdict:
     bit = fault.dice.randrange(8 * len(content))
     content[bit // 8] ^= 1 << bit % 8
     victim.write_bytes(content)
-    return settle(fault)
+    return _settled(fault, victim)
+
+
+def _settled(fault: Fault, victim: Path) -> Verdict:
+    """A command that is done with the Hessians does not read them again: then the one that makes them must find the damage."""
+    verdict = settle(fault)
+    alone = f"{victim.relative_to(fault.where)} has other bytes"
+    if verdict != (FAILED, alone) or victim.parent.name != "hessians" or not fault.subject.owner:
+        return verdict
+    ended = start(fault.subject.owner, fault.where, fault.folder / "log").wait()
+    if not ended.is_clear_refusal:
+        return Verdict(FAILED, f"{alone}, and calibrate does not say so: {told(ended)}")
+    repaired = start((*fault.subject.owner, "--force"), fault.where, fault.folder / "log").wait()
+    again = judged(fault)
+    if repaired.status or again.outcome == FAILED:
+        return Verdict(FAILED, f"{again.said} after {ended.message!r} and --force: {told(repaired)}")
+    return Verdict(REFUSED, f"{ended.message} (by calibrate)")
 
 
 def _victim(fault: Fault, choose: Choose) -> Path:
@@ -62,4 +79,6 @@ def _victim(fault: Fault, choose: Choose) -> Path:
 
 
 def _files(fault: Fault, choose: Choose) -> list[Path]:
-    return sorted(path for path in choose(fault.where) if path.is_file() and path.stat().st_size)
+    """Without the Hessians where the command does not read them."""
+    files = sorted(path for path in choose(fault.where) if path.is_file() and path.stat().st_size)
+    return [file for file in files if fault.subject.name != "pack" or file.parent.name != "hessians"]

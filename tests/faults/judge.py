@@ -26,13 +26,14 @@ class Fault:
     """What a kind of fault works with: its subject, a directory of its own, dice that its seed and number decide.
 
     where: the subject's working directory, not made yet. folder: for whatever else; both are removed afterwards.
-    quick: whether this is the short run.
+    quick: whether this is the short run. may_stay: a file that is no failure if it is left over.
     """
 
     subject: Subject
     folder: Path
     dice: random.Random
     quick: bool = False
+    may_stay: str = ""
 
     @property
     def where(self) -> Path:
@@ -84,7 +85,10 @@ def settle(fault: Fault, remedy: Callable[[], None] | None = None, before: Hook 
 
 def judged(fault: Fault) -> Verdict:
     """What lies there now, against what an undisturbed run leaves."""
-    words = different(snapshot(fault.where), fault.subject.expected)
+    found = snapshot(fault.where)
+    if fault.may_stay not in fault.subject.expected:
+        found.pop(fault.may_stay, None)
+    words = different(found, fault.subject.expected)
     return Verdict(FAILED, words) if words else Verdict(SAME)
 
 

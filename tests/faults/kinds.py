@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from faults import damage, disks, others, stops
+from faults import damage, disks, numbers, others, power, stops
 from faults.judge import Fault, Verdict
 
 KINDS: dict[str, Callable[[Fault], Verdict]] = {
@@ -19,10 +19,17 @@ KINDS: dict[str, Callable[[Fault], Verdict]] = {
     "bit in the packed model": damage.packed_bit,
     "two processes": others.two_at_once,
     "clock moved": others.clock_back,
+    "power cut": power.power_cut,
+    "NaN in weights": numbers.bad_weights,
+    "overflowing activations": numbers.bad_activations,
+    "bad Hessians": numbers.bad_hessians,
+    "expert without tokens": numbers.idle_expert,
 }
 
 SUBJECTS: dict[str, list[str]] = {
     "bit in the packed model": ["pack", "finetune", "pipeline"],
+    "bad Hessians": ["calibrate", "quantize", "pipeline"],
+    "expert without tokens": ["calibrate", "pipeline"],
 }
 """Kind -> the subjects that it can be done to, where not to all."""
 

@@ -61,4 +61,3 @@ def move_clock(offset_s: float) -> None:
         datetime, UTC = Moved, datetime.UTC
 
     qtipcli.job.directory.datetime = Module
-

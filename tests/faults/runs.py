@@ -113,6 +113,9 @@ def _command(arguments: Sequence[str], before: Hook | None, after: Hook | None) 
     except BaseException:
         traceback.print_exc()
         return 1
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # what comes now comes too late
+            signal.signal(number, signal.SIG_IGN)
 
 
 def start_cold(arguments: Sequence[str], where: Path, log: Path) -> Running:

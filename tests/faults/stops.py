@@ -46,8 +46,8 @@ def _asked_to_stop(fault: Fault, number: signal.Signals) -> Verdict:
         time.sleep(fault.dice.uniform(0, 0.2))
         running.signal(number)
     ended = running.wait()
-    # Before a command works on its job nothing catches SIGTERM, and nothing is there to be lost.
-    is_orderly = ended.status == 0 or ended.is_clear_refusal or ended.status == -signal.SIGTERM
+    # Before a command works on its job nothing catches SIGTERM, nor Ctrl-C before Python has started; nothing can be lost then.
+    is_orderly = ended.status == 0 or ended.is_clear_refusal or ended.status in (-signal.SIGTERM, -signal.SIGINT)
     if not is_orderly or "Traceback" in ended.text:
         return Verdict(FAILED, f"stopped by {number.name}: {told(ended)}")
     return settle(fault)

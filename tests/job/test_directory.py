@@ -175,15 +175,19 @@ def test_a_shard_of_the_wrong_size_is_named_at_resume_and_only_it_is_done_again(
 
 
 @pytest.mark.parametrize("position", [0, 3, 9, 40, 400, -1])
-def test_a_flipped_bit_is_named_when_the_shard_is_read_and_only_it_is_done_again(position: int, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_named_when_the_job_goes_on_or_the_shard_is_read_and_only_it_is_done_again(
+    position: int, tmp_path: Path
+) -> None:
     do_job(tmp_path)
-    flip(tmp_path / f"{KEYS[1]}.safetensors", position)
-    with open_run(tmp_path) as run:  # sizes are right: resuming stays cheap
+    with open_run(tmp_path) as run:
+        flip(tmp_path / f"{KEYS[1]}.safetensors", position)
         with pytest.raises(CorruptError, match=rf"{KEYS[1]}\.safetensors") as caught:
             run.read(KEYS[1])
         assert "--force" in caught.value.hint
         assert list(run.damaged()) == [KEYS[1]]
         assert run.damaged(in_full=False) == {}
+    with pytest.raises(CorruptError, match=rf"{KEYS[1]}\.safetensors"):
+        do_job(tmp_path)  # or it would say that it is done
     assert do_job(tmp_path, force=True) == [KEYS[1]]
     assert RunDirectory.load(tmp_path).damaged() == {}
 

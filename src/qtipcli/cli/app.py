@@ -19,13 +19,21 @@ from qtipcli.cli.generate import chat, generate
 from qtipcli.cli.serve import PASS_ON, serve
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
 from qtipcli.job import launcher
+from qtipcli.job.interrupt import stopped_at_once
 
 
 class _Group(TyperGroup):
-    """Lists the commands in the order in which they are used."""
+    """Lists the commands in the order in which they are used, and puts Ctrl-C into words."""
 
     def list_commands(self, context: Any) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, context: Any) -> Any:
+        """Here, because newer Typers turn Ctrl-C into an exit status and say nothing."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise stopped_at_once() from None
 
 
 app = typer.Typer(

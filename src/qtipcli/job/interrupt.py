@@ -73,6 +73,11 @@ def stopped(number: int) -> StoppedError:
     )
 
 
+def stopped_at_once() -> StoppedError:
+    """The error that says that Ctrl-C has ended the command where it was, and not at a safe point."""
+    return StoppedError("stopped by Ctrl-C; what is finished is kept", "give the same command again to go on")
+
+
 def _request(number: int, frame: FrameType | None) -> None:
     global _requested
     if _requested is not None:

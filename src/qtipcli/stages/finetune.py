@@ -23,7 +23,7 @@ from qtipcli.job.record import normalized
 from qtipcli.job.shared import SharedDirectory
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import calibrate, distill, pack, quantize
+from qtipcli.stages import calibrate, distill, pack, quantize, whole
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.load import default_device
 from qtipcli.stages.packed import PackedDirectory
@@ -59,8 +59,8 @@ def run(
     watcher = watcher or Silent()
     _refuse(settings, packed, out)
     run_ = _Run(source, packed, settings, out, force, watcher, memory_gib, processes)
-    if not run_.is_written():
-        pack.refuse_occupied(out, force)
+    if force or not run_.is_written():
+        whole.refuse_occupied(out, force)
     with interruptible(notice=processes.is_main):
         return run_.run()
 
@@ -143,18 +143,23 @@ class _Run:
         after = report["end_to_end"]["after"] if "end_to_end" in report else min(before, report["blocks"]["after"])
         figures = {"heldout_before": before, "heldout_after": after}
         if after < before:
-            if not self.processes.is_main:
-                pass
-            elif self.is_written() and not self.force:
-                self.watcher.note(f"{self.out} is complete already: nothing was done")
-            else:
-                provenance = {"finetune": self.frozen | figures}
-                self.packed.write_changed(self.out, changed, provenance, self.record() | {"finetune_report": report})
+            if self.processes.is_main:
+                with whole.only_writer(self.out):
+                    self._write(changed, figures, self.record() | {"finetune_report": report})
             return {"directory": str(self.out), "written": True, **figures, **report}
         self.watcher.note(
             f"nothing was written: on held-out text the tuned model is no better than {self.packed.path} ({before:.5g} nats)"
         )
         return {"directory": str(self.packed.path), "written": False, **figures, **report}
+
+    def _write(self, changed: dict[str, Tensor], figures: dict[str, float], record: dict[str, Any]) -> None:
+        """Write the result unless it is there; then it is checked. Raises CorruptError, SettingsError."""
+        if not self.force and self.is_written():
+            self.packed.check_changed(self.out, record)
+            self.watcher.note(f"{self.out} is complete already: nothing was done")
+            return
+        whole.refuse_occupied(self.out, self.force)  # again: another process may have written meanwhile
+        self.packed.write_changed(self.out, changed, {"finetune": self.frozen | figures}, record)
 
     # ---- block after block -------------------------------------------------------------------------------------------------
 

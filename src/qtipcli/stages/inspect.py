@@ -11,11 +11,9 @@ import torch
 from qtipcli.errors import CorruptError, QtipError
 from qtipcli.hub.config import METHOD, QtipConfig
 from qtipcli.hub.tensors import check_tensors
-from qtipcli.job.files import sha256_file
 from qtipcli.job.shards import open_shard
-from qtipcli.stages.pack import INDEX_FILE, read_record
-
-REMEDY = "quantize or pack it again with --force, or download it again"
+from qtipcli.stages.pack import read_record
+from qtipcli.stages.whole import INDEX_FILE, check_files
 
 
 def run(directory: Path) -> dict[str, Any]:
@@ -29,14 +27,7 @@ def run(directory: Path) -> dict[str, Any]:
     if not (directory / INDEX_FILE).is_file():
         raise QtipError(f"{directory} is unfinished: it has no {INDEX_FILE}", "pack it again, or finish the download")
     record = read_record(directory) or {}
-    for name, expected in record.get("sha256", {}).items():
-        if not (directory / name).is_file():
-            raise CorruptError(f"{directory / name} is missing", REMEDY)
-        if sha256_file(directory / name) != expected:
-            raise CorruptError(
-                f"{directory / name} is damaged: its sha256 is not the one recorded",
-                REMEDY,
-            )
+    check_files(directory, record.get("sha256", {}))
     index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
     files = sorted({directory / name for name in index["weight_map"].values()})
     layouts = config.layouts()

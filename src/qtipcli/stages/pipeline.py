@@ -12,7 +12,7 @@ from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import allocate, calibrate, outer, pack, quantize, sensitivity
+from qtipcli.stages import allocate, calibrate, outer, pack, quantize, sensitivity, whole
 from qtipcli.stages.allocate import ALLOCATED, UNIFORM
 from qtipcli.stages.progress import Watcher
 
@@ -54,8 +54,8 @@ def quantize_model(
     """
     pack.refuse_surroundings(out)
     job = job_directory(out)
-    if pack_after and not _is_packed(job, out):
-        pack.refuse_occupied(out, force)
+    if pack_after and (force or not _is_packed(job, out)):
+        whole.refuse_occupied(out, force)
     _calibrate(source, calibration, settings, hessians, force, watcher)
     quantize.run(source, settings, hessians, job, force, watcher)
     return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
@@ -81,8 +81,8 @@ def allocate_model(
     """
     pack.refuse_surroundings(out)
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
-    if pack_after and not any(_is_packed(job, out) for job in jobs.values()):
-        pack.refuse_occupied(out, force)
+    if pack_after and (force or not any(_is_packed(job, out) for job in jobs.values())):
+        whole.refuse_occupied(out, force)
     allocate.check(source, settings, allocation)
     _calibrate(source, calibration, settings, hessians, force, watcher)
     try:
@@ -128,6 +128,8 @@ def _calibrate(
     head = bool(wants_outer) and outer.needs_head_hessian(outer.plan(Skeleton(source), quantize))
     two_sided = quantize.two_sided
     found = _found_hessians(directory, force)
+    if found is not None and not force and (damaged := found.damaged(in_full=False)):
+        raise next(iter(damaged.values()))  # content is checked by who reads it
     settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
     if found is not None:
         is_same = settings.model_dump() == found.settings and found.fingerprint["model"] == fingerprint_model(source.directory)
