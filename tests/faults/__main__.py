@@ -21,12 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from faults import breaks, kinds
-from faults.judge import FAILED, REFUSED, SAME, Fault
-from faults.report import merged, print_table
-from faults.runs import Running
-from faults.subjects import Subject, subjects
 from stages.kills import warm_up
+
+from faults import breaks, kinds
+from faults.judge import FAILED, Fault
+from faults.report import merged, print_table
+from faults.subjects import Subject, subjects
 
 
 def draw(number: int, seed: int, of: list[str]) -> tuple[str, random.Random]:

@@ -1,4 +1,4 @@
-"""Owns ways to break the product on purpose, to see the harness find each: `python -m faults --break NAME` must end with status 1.
+"""Owns ways to break the product on purpose: with `--break NAME` the harness must find it and end with status 1.
 
 What is broken is a function of the product, in the harness's process, before the commands are forked from it.
 """

@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from job.test_storage import mount_small_disk
+
 from faults.judge import FAILED, REFUSED, Fault, Verdict, is_orderly, judged, settle, told
 from faults.runs import Ended
 from faults.subjects import different, snapshot
-from job.test_storage import mount_small_disk
 
 _MS_RDONLY, _MS_REMOUNT, _MNT_DETACH = 1, 32, 2
 _LARGE = 64 << 20

@@ -1,7 +1,7 @@
 """Owns the faults that numbers make: weights and activations that are not finite, Hessians of every bad kind, an idle expert.
 
-Where the model itself is damaged a refusal is right, and its remedy a sound model. Where numbers are only odd the job may be done;
-then a second one, killed on its way, must end in the same bytes.
+Where the model itself is damaged a refusal is right, and its remedy a sound model. Where numbers are only odd the job may be
+done; then a second one, killed on its way, must end in the same bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stages.tiny import SETTINGS
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,7 +27,6 @@ from faults.judge import FAILED, REFUSED, SAME, Fault, Verdict, judged, told
 from faults.runs import start
 from faults.subjects import PACKED, different, snapshot
 from qtipcli.job.directory import RunDirectory
-from stages.tiny import SETTINGS
 
 HUGE = 3e38
 """Of float32's 3.4e38: any sum of two overflows."""
@@ -63,7 +63,7 @@ def idle_expert(fault: Fault) -> Verdict:
     return _repeatable(fault, _odd_model(fault, None))
 
 
-# ---- a model that is damaged -----------------------------------------------------------------------------------------------------
+# ---- a model that is damaged -----------------------------------------------------------------------------------------------
 
 
 def _with_damaged_model(fault: Fault, damage: Callable[[Tensor], None], may_be_done: bool) -> Verdict:
@@ -103,10 +103,10 @@ def _with_damaged_model(fault: Fault, damage: Callable[[Tensor], None], may_be_d
 
 
 def _model_of(fault: Fault) -> Path:
-    return Path(next(part for part in fault.subject.arguments if part.endswith("/model") or part.endswith("/pack-0/out")))
+    return Path(next(part for part in fault.subject.arguments if part.endswith(("/model", "/pack-0/out"))))
 
 
-# ---- a model that is odd ---------------------------------------------------------------------------------------------------------
+# ---- a model that is odd ---------------------------------------------------------------------------------------------------
 
 
 def _repeatable(fault: Fault, odd: Fault) -> Verdict:
@@ -144,7 +144,7 @@ def _not_finite(where: Path) -> str:
 
 
 def _odd_model(fault: Fault, change: Callable[[Fault, torch.nn.Module], None] | None) -> Fault:
-    """The fault's command on a model of its own: a Llama that `change` has made odd, or without it a Mixtral with an idle expert."""
+    """The fault's command on a model of its own: a Llama made odd by `change`, or without it a Mixtral with an idle expert."""
     model = fault.folder / "model"
     torch.manual_seed(fault.dice.randrange(1 << 30))
     experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 64} if change is None else {}
@@ -201,7 +201,7 @@ def _with_model(fault: Fault, model: Path) -> Fault:
     return dataclasses.replace(fault, subject=subject)
 
 
-# ---- Hessians as stored ----------------------------------------------------------------------------------------------------------
+# ---- Hessians as stored ----------------------------------------------------------------------------------------------------
 
 
 def _with_stored_hessians(fault: Fault) -> Verdict:
@@ -210,7 +210,7 @@ def _with_stored_hessians(fault: Fault) -> Verdict:
     shutil.copytree(fault.subject.given, given)
     found = RunDirectory.load(given / "hessians")
     with RunDirectory.open(found.path, found.stage, found.settings, found.fingerprint) as job:
-        key = fault.dice.choice([key for key in job.keys() if key.startswith("block")])
+        key = fault.dice.choice([key for key in job.keys() if key.startswith("block")])  # noqa: SIM118, no mapping
         tensors, report = job.read(key), job.report(key)
         name = fault.dice.choice(sorted(tensors))
         tensors[name] = _odd_hessian(fault, tensors[name])

@@ -61,7 +61,7 @@ class Recorder:
 
     def _on_open(self, original: Callable[..., int], path: Any, flags: int, mode: int = 0o777, *, dir_fd: Any = None) -> int:
         place = self._place(path, dir_fd)
-        is_new = place is not None and flags & os.O_CREAT and not os.path.lexists(path)  # noqa: PTH110
+        is_new = place is not None and flags & os.O_CREAT and not os.path.lexists(path)
         descriptor = original(path, flags, mode, dir_fd=dir_fd)
         if is_new:
             self.ops.append(("create", place))
@@ -124,7 +124,7 @@ class Recorder:
         path, _, flags = arguments
         if flags & _WRITING and (place := self._place(path, None)) is not None:
             self._settle()
-            if not os.path.lexists(path):  # noqa: PTH110
+            if not os.path.lexists(path):
                 self.ops.append(("create", place))
             self._foreign.add(place)
 

@@ -9,7 +9,7 @@ from faults.judge import FAILED, Fault, Verdict, settle, told
 from faults.runs import Running, start_cold
 
 COLD_SHARE = 0.1
-"""Of stopped commands that are processes of their own, imports and all: seconds each, and hardly anything is written in them."""
+"""Of stopped commands that are processes of their own, imports and all: seconds each, most of them before a job begins."""
 
 COLD_START_S = 6.0
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults.runs import start
 from stages.tiny import FAST_OPTIONS, save_model, save_text
+
+from faults.runs import start
 
 Snapshot = dict[str, str]
 

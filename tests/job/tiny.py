@@ -51,7 +51,7 @@ def do_job(path: Path, keys: tuple[str, ...] = KEYS, **changes: object) -> list[
 
 
 def snapshot(path: Path) -> dict[str, object]:
-    """Every file of the directory with its bytes; job.json without the time at which it was created, and the checksum of that."""
+    """Every file of the directory with its bytes; job.json without the time of its creation, and the checksum of that."""
     content: dict[str, object] = {file.name: file.read_bytes() for file in path.iterdir()}
     if "job.json" in content:
         job = json.loads(content["job.json"])
