@@ -2,9 +2,9 @@
 
     PYTHONPATH=src:kernels:tests python -m faults --count 500 --jobs 2 --json faults.json
 
-Kind, subject and moment of fault N are drawn from --seed and N alone: `--seed S --only N` does that one again. --first and
---count cut a long run in pieces; their JSON files go into one with --add. Exit status 1 if one failed. --break NAME breaks the
-product first (faults.breaks), to see the harness find it.
+Kind, subject and moment of fault N are drawn from --seed and N alone: `--seed S --only N` does that one again. A long run may be
+done in pieces: with --add those that are in the JSON file are not done again, and --seconds ends a piece. Exit status 1 if one
+failed. --break NAME breaks the product first (faults.breaks), to see the harness find it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def do(number: int, asked: argparse.Namespace, known: dict[str, Subject], folder
 def share(worker: int, asked: argparse.Namespace, known: dict[str, Subject], folder: Path, out: Path) -> None:
     """Every --jobs-th fault, a line of JSON each."""
     with out.open("w", encoding="utf-8") as file:
-        for number in range(asked.first + worker, asked.first + asked.count, asked.jobs):
-            if asked.only is None or number == asked.only:
+        for number in asked.numbers[worker :: asked.jobs]:
+            if time.monotonic() < asked.deadline:
                 result = do(number, asked, known, folder)
                 print(json.dumps(result), file=file, flush=True)
                 said = f": {result['said']}" if result["outcome"] == FAILED or asked.only is not None else ""
@@ -98,26 +98,28 @@ def _fork(worker: int, asked: argparse.Namespace, known: dict[str, Subject], fol
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one fault of the run, by its number")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(kinds.KINDS), help="some, with commas")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
     parser.add_argument("--quick", action="store_true", help="leave out what takes long in a fault")
     parser.add_argument("--json", type=Path, help="counts and failures go here")
-    parser.add_argument("--add", action="store_true", help="to those that are there")
+    parser.add_argument("--add", action="store_true", help="to those that are there, which are not done again")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no fault after these")
     parser.add_argument("--keep", type=Path, help="where directories of failed faults go")
     parser.add_argument("--break", dest="broken", choices=sorted(breaks.BREAKS), default="nothing")
     asked = parser.parse_args(arguments)
-    if asked.only is not None:
-        asked.first, asked.count, asked.jobs = asked.only, 1, 1
+    asked.deadline = time.monotonic() + asked.seconds
+    before = json.loads(asked.json.read_text(encoding="utf-8")) if asked.add and asked.json.exists() else None
+    done = {fault["number"] for fault in before["faults"]} if before else set()
+    wanted = range(asked.count) if asked.only is None else [asked.only]
+    asked.numbers = [number for number in wanted if number not in done]
     with tempfile.TemporaryDirectory(prefix="qtip-faults-") as name:
         folder = Path(name)
         folder.chmod(0o755)
         results = run(asked, folder)
     print_table(results)
     if asked.json is not None:
-        before = json.loads(asked.json.read_text(encoding="utf-8")) if asked.add and asked.json.exists() else None
         asked.json.write_text(json.dumps(merged(before, results, asked.seed), indent=1) + "\n", encoding="utf-8")
     return int(any(result["outcome"] == FAILED for result in results))
 

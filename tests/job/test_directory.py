@@ -156,6 +156,24 @@ def test_a_damaged_job_json_is_named_and_force_starts_again(tmp_path: Path) -> N
     assert do_job(tmp_path, force=True) == list(KEYS)
 
 
+def test_a_changed_digit_in_job_json_is_damage_and_not_another_job(tmp_path: Path) -> None:
+    do_job(tmp_path)
+    file = tmp_path / "job.json"
+    file.write_text(file.read_text().replace('"samples": 128', '"samples": 129'))
+    for read in (open_run, RunDirectory.load):
+        with pytest.raises(CorruptError, match=r"job\.json is damaged: it is not what was written"):
+            read(tmp_path)
+
+
+def test_a_job_of_an_older_version_which_wrote_no_checksum_goes_on(tmp_path: Path) -> None:
+    do_job(tmp_path)
+    file = tmp_path / "job.json"
+    job = json.loads(file.read_text())
+    del job["check"]
+    file.write_text(json.dumps(job))
+    assert do_job(tmp_path) == []
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "extended"])
 def test_a_shard_of_the_wrong_size_is_named_at_resume_and_only_it_is_done_again(damage: str, tmp_path: Path) -> None:
     do_job(tmp_path / "oracle")
