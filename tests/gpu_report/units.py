@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,8 @@ class Unit:
     limit: float
 
 
-def all_units(sizes: Sizes) -> list[Unit]:
-    """Every unit, in the order in which they run; cheap, nothing is imported."""
+def all_units(sizes: Sizes, only: Sequence[str] | None = None) -> list[Unit]:
+    """Every unit, or those of the sections `only`, in the order in which they run; cheap, nothing is imported."""
     units = [Unit("environment", "environment", lambda: environment(sizes), 90)]
     units += [Unit("tests", path, lambda path=path: kernel_tests(path), 150) for path in sizes.tests]
     units += [Unit("decode", code, lambda code=code: decode_equality(sizes, code), 60) for code in sizes.codes]
@@ -145,7 +145,7 @@ def all_units(sizes: Sizes) -> list[Unit]:
     units += [Unit("layers", name, lambda name=name: layers(sizes, name), 60) for name in sizes.layer_models]
     if sizes.compiled:  # last: compiling takes what time is left
         units.append(Unit("model compiled", sizes.model, lambda: whole_model(sizes, compiled=True), 240))
-    return units
+    return [unit for unit in units if not only or unit.section in only]
 
 
 def environment(sizes: Sizes) -> Rows:

@@ -59,6 +59,7 @@ def sylvester_kernel(
     NORM: tl.constexpr,
     NORM_BITS: tl.constexpr,
     INWARD: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):
     """Blocks that are powers of two, F P: a program has TILE blocks of a row, or one of a block's F shares."""
     slabs: tl.constexpr = (BLOCKS + TILE - 1) // TILE
@@ -92,7 +93,8 @@ def sylvester_kernel(
         y *= tl.load(row_scale_ptr + row)
     out = start + fold * POWER
     wanted = (block < BLOCKS) & (out < width_out)
-    _store(y, scale_out_ptr, bias_ptr, y_ptr + row * y_row + out, out, wanted, wanted)
+    at = y_ptr + row * y_row + _place(out, FRAGMENTS)
+    _store(y, scale_out_ptr, bias_ptr, at, out, wanted, wanted)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -130,6 +132,7 @@ def dense_kernel(
     NORM: tl.constexpr,
     NORM_BITS: tl.constexpr,
     INWARD: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
     ORDER: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -187,7 +190,7 @@ def dense_kernel(
     m3 = m[:, None, None]
     out = start + m3 * stride + fold * POWER + tl.arange(0, POWER)[None, None, :]
     wanted = (m3 < ORDER) & (out < width_out)
-    at = y_ptr + (row.to(tl.int64) * y_row)[None, :, None] + out
+    at = y_ptr + (row.to(tl.int64) * y_row)[None, :, None] + _place(out, FRAGMENTS)
     _store(y, scale_out_ptr, bias_ptr, at, out, wanted, wanted & (row < rows)[None, :, None])
 
 
@@ -346,6 +349,15 @@ def _exponent(norm, NORM: tl.constexpr, NORM_BITS: tl.constexpr):
 @triton.jit
 def _power(biased):
     return (biased << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place(column, FRAGMENTS: tl.constexpr):
+    """Where a column of y lies: its own place, or that in the order of lane.fragments, which takes the bits
+    (tile, half, c, c, parity) of its place among 32 to (c, c, tile, half, parity)."""
+    if FRAGMENTS:
+        column = (column & ~30) | ((column & 6) << 2) | ((column & 24) >> 2)
+    return column
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def test_the_same_operands_give_the_same_bits(device):
 
 def test_programs_take_whole_trips_and_fill_a_gpu():
     for tile_rows, tile_columns in ((1, 1), (8, 36), (256, 256), (512, 1792), (1792, 512), (4, 1000)):
-        chunk = gpu.chunk_of(tile_rows, tile_columns, gpu.WARPS)
+        chunk = gpu.chunk_of(tile_rows, tile_columns)
         assert chunk % gpu.UNROLL == 0
         splits = -(-tile_columns // chunk)
         assert splits * tile_rows >= min(gpu.WARPS_WANTED, tile_rows * tile_columns // gpu.MIN_CHUNK) / 2
@@ -91,6 +91,36 @@ def test_which_kernel_serves_what():
     assert gpu.kernel(SPEC, single) == "triton"
     assert gpu.kernel(TrellisSpec("lut", 2), half) == "triton"
     assert gpu.kernel(TrellisSpec("hyb", 2), half, torch.zeros(512, 2)) == "triton"  # a float32 table
+
+
+@pytest.mark.parametrize("code", ["1mad", "hyb"])
+def test_the_nvidia_kernel_is_given_what_it_was_compiled_for(code, monkeypatch):
+    """What a launch hands over has the types of the compile case, which the emulator's tests take for granted."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *operands, **options: launched.append((operands, options))
+
+    monkeypatch.setattr(gpu.device, "check", lambda **_: None)
+    monkeypatch.setattr(gpu, "kernel", lambda *_: "ptx")
+    monkeypatch.setattr(gpu, "_nvidia_kernel", Kernel())
+    spec = TrellisSpec(code, 2) if code == "1mad" else TrellisSpec(code, 4)
+    # 48 inputs: three tiles, whose x takes the room of four.
+    gpu.partial_products(torch.zeros(3, 48, dtype=torch.float16), packed(spec, 32, 48), spec, table(spec))
+    (operands, options), case = launched[0], next(case for case in gpu.compile_cases() if f"ptx {code} 2," in case.name)
+    kinds = {torch.float16: "*fp16", torch.uint32: "*u32", torch.float32: "*fp32", int: "i32", float: "fp32"}
+    found = [kinds[each.dtype if isinstance(each, torch.Tensor) else type(each)] for each in operands]
+    # A code without a table reads none: any pointer will do.
+    assert found[:2] + found[3:] == [*case.signature.values()][:2] + [*case.signature.values()][3:]
+    assert found[2] == case.signature["lut_ptr"] or code == "1mad"
+    assert operands[0].shape == (3, 64)
+    assert options["num_warps"] == case.num_warps
+
+
+def test_rows_in_the_products_order_are_for_the_kernel_that_reads_it(device):
+    with pytest.raises(SpecError, match="reads them as they are"):
+        gpu.partial_products(torch.zeros(1, 64, device=device), packed(SPEC, 32, 64).to(device), SPEC, in_fragments=True)
 
 
 def test_what_does_not_fit_is_refused(device, monkeypatch):

@@ -36,8 +36,8 @@ EVERY = [
     for state_bits in (9, 16)
 ]
 
-OUTPUTS, INPUTS, CHUNK = 144, 27 * 16, 16
-"""Nine rows of tiles, one more than a program's; 27 columns: two chunks, of two trips and of one and three tiles."""
+OUTPUTS, INPUTS, CHUNK = 17 * 16, 27 * 16, 16
+"""17 rows of tiles, one more than a program's; 27 columns: two chunks, of four trips and of two and three tiles."""
 
 
 def compiled(cases: list[str], out: Path) -> Path:
@@ -51,13 +51,13 @@ def compiled(cases: list[str], out: Path) -> Path:
 
 def launch(text: str, spec: TrellisSpec, x: torch.Tensor, trellis: torch.Tensor, lut: torch.Tensor | None, **options):
     """float32 [S, B, O] as gpu.partial_products arranges it, what is never written being NaN; and the emulator's report."""
-    warps = gpu.TABLE_WARPS if spec.weights_per_step == 2 else gpu.WARPS
     tile_rows, tile_columns = len(trellis), x.shape[1] // 16
-    grid = (-(-tile_rows // warps), -(-tile_columns // CHUNK))
+    grid = (-(-tile_rows // (gpu.WARPS * lane.WARP_ROWS)), -(-tile_columns // CHUNK))
     partial = np.full((grid[1], len(x), tile_rows * 16), np.nan, np.float32)
     entries = np.zeros(1, np.uint32) if lut is None else lut.numpy().view(np.uint32).reshape(-1).copy()
-    operands = [x.numpy(), trellis.numpy().view(np.uint32), entries, partial, tile_rows, tile_columns, CHUNK, len(x)]
-    report = ptx.launch(text, grid, warps, [*operands, float(lane.UNIT.get(spec.code, 1.0))], **options)
+    arrays = [lane.fragments(x).numpy(), trellis.numpy().view(np.uint32), entries, partial]
+    operands = [*arrays, tile_rows, tile_columns, CHUNK, len(x)]
+    report = ptx.launch(text, grid, gpu.WARPS, [*operands, float(lane.UNIT.get(spec.code, 1.0))], **options)
     return torch.from_numpy(partial), report
 
 
@@ -94,11 +94,11 @@ def test_lanes_wait_at_most_twice_for_the_table(chosen):
     text = (chosen / f"{case}.ptx").read_text()
     x = x_rows(1, INPUTS).half()
     _, report = launch(text, spec, x, packed(spec, OUTPUTS, INPUTS), table(spec), profile=True)
-    # Every warp of the two programs, whether or not its row exists, looks four pairs up in each tile of its chunk.
-    lookups = gpu.TABLE_WARPS * (INPUTS // 16) * 4
+    # Every warp of the two programs, whether or not its rows exist, looks four pairs up in each tile of its chunk.
+    lookups = 2 * gpu.WARPS * lane.WARP_ROWS * (INPUTS // 16) * 4
     stores = report.traffic.shared_requests - lookups
-    # Sixteen bytes for each of 32 lanes, four wavefronts, until both programs have their 16 copies of 512 entries.
-    assert stores == 2 * (512 * lane.LUT_COPIES * 4) // (16 * 32)
+    # Sixteen bytes for each of 32 lanes, four wavefronts, until the four programs have their 16 copies of 512 entries.
+    assert stores == 4 * (512 * lane.LUT_COPIES * 4) // (16 * 32)
     assert report.traffic.shared_wavefronts - 4 * stores <= 2 * lookups
 
 
