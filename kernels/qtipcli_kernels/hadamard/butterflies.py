@@ -22,6 +22,10 @@ SUM_VALUES = 1024
 SMALLEST_SQUARES = 2.0**-100
 """A sum of squares below this has lost some to float32's smallest number, 2^-149."""
 
+PARTS_AHEAD = 4
+"""Partial products whose loads are in flight together."""
+
+_PARTS_AHEAD = tl.constexpr(PARTS_AHEAD)
 _GUARD_BITS, _TOP_BITS, _SUM_VALUES = tl.constexpr(GUARD_BITS), tl.constexpr(TOP_BITS), tl.constexpr(SUM_VALUES)
 _SMALLEST_SQUARES = tl.constexpr(SMALLEST_SQUARES)
 _INTERPRETED = tl.constexpr(device.INTERPRETED)
@@ -223,18 +227,22 @@ def _load(
     """
     total = tl.zeros(i.shape, tl.float32)
     squares = tl.zeros(i.shape, tl.float32)
-    for _ in range(parts):
-        for other in tl.static_range(FOLD):
-            here = inside & (i + other * POWER < width_in)
-            v = tl.load(at + other * POWER, mask=here, other=0.0).to(tl.float32)
-            unit = _sign(fold & other) * UNIT
-            if scale_in_ptr is None:
-                total += v * unit
-            else:
-                v *= tl.load(scale_in_ptr + i + other * POWER, mask=here, other=0.0).to(tl.float32) * unit
-                total += v
-                squares += v * v
-        at += x_part
+    ahead: tl.constexpr = _PARTS_AHEAD if scale_in_ptr is None else 1
+    for first in range(0, parts, ahead):
+        # Nothing waits for the load before it: a processor's way to memory is long, and there are few programs.
+        for part in tl.static_range(ahead):
+            there = inside & (i * 0 + first + part < parts) if ahead > 1 else inside
+            for other in tl.static_range(FOLD):
+                here = there & (i + other * POWER < width_in)
+                v = tl.load(at + other * POWER, mask=here, other=0.0).to(tl.float32)
+                unit = _sign(fold & other) * UNIT
+                if scale_in_ptr is None:
+                    total += v * unit
+                else:
+                    v *= tl.load(scale_in_ptr + i + other * POWER, mask=here, other=0.0).to(tl.float32) * unit
+                    total += v
+                    squares += v * v
+            at += x_part
     return total, squares
 
 

@@ -2,12 +2,13 @@
 
 Two kernels, one contract. On NVIDIA the lanes' PTX (lane.py) decodes into the registers that the matrix instruction reads. The
 other is plain Triton (portable.py): it runs on AMD and in the interpreter, and takes float32 rows and tables of any size.
-Both cut the inputs into chunks, one program each, and leave the partial products to be added up in order: no atomics, so that
+Both cut the inputs into chunks and leave the partial products of programs to be added up in order: no atomics, so that
 the same operands give the same bits. Dimension key: B rows of x, I inputs, O outputs, S chunks of inputs.
 """
 
 from collections.abc import Iterator
 from dataclasses import astuple
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,17 +21,21 @@ from qtipcli_kernels.spec import TILE, SpecError, TrellisSpec
 MAX_ROWS = 16
 """Most rows of x that one launch multiplies: two matrix instructions of eight columns."""
 
-WARPS = 8
-"""Warps a program, each with rows of tiles of its own; they share a table, whose copying they share too."""
+WARPS, WIDE_WARPS = 8, 16
+"""Warps a program, each with rows of tiles of its own; they share a table, whose copying they share too. There is room for
+fewer programs with the wide table."""
+
+WIDE_SHARED_BYTES = 2 * (65 << 10)
+"""Shared memory of a multiprocessor from which on two programs with the wide table have room: sm_80, 90 and 100."""
 
 UNROLL = 4
 """Tiles of each of its rows that a lane takes in one trip of its loop: their loads are in flight together."""
 
-WARPS_WANTED = 4096
-"""Warps of a launch that keep a large GPU busy: 32 on each of 128 processors, as many as hold 64 registers a thread."""
+WARPS_WANTED = 6144
+"""Warps of a launch that keep a large GPU busy: half more than its 132 processors hold at 64 registers a thread."""
 
 MIN_CHUNK = 16
-"""Fewest tiles along the inputs that a program is given: below, its start costs more than its work."""
+"""Fewest tiles along the inputs that a warp is given: below, its start costs more than its work."""
 
 PORTABLE_TILES, PORTABLE_WARPS = 2, 4
 """Tiles that a program of the portable kernel takes side by side, and its warps: 64 sums a thread at sixteen rows."""
@@ -44,15 +49,14 @@ def _nvidia_kernel(
     partial_ptr,  # float32 [S, B, O]
     tile_rows,
     tile_columns,
-    chunk,
+    chunk,  # tiles of a row that a warp has, UNROLL times some
     batch,
     unit,
     MULTIPLY: tl.constexpr,  # PTX of the loop
     OPERANDS: tl.constexpr,
-    DECLARE: tl.constexpr,
+    FIND: tl.constexpr,
     STORE: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
-    COPIES: tl.constexpr,
+    COPIES: tl.constexpr,  # of the table; 0: there is none
     WORDS: tl.constexpr,
     LANE_BITS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -61,15 +65,18 @@ def _nvidia_kernel(
 ):
     thread = tl.arange(0, WARPS * 32)
     lane_id = thread & 31
-    if HAS_TABLE:
-        _fill_table(lut_ptr, thread, DECLARE, STORE, COPIES, WARPS)
-    # A warp has two rows of tiles. Rows past the end are read as the last ones and never written: every lane must take part in
-    # the matrix instruction.
-    tile_row = (tl.program_id(0) * WARPS + (thread >> 5)) * 2
+    copy = 0 * lane_id
+    if COPIES > 0:
+        _fill_table(lut_ptr, thread, tile_rows, FIND, STORE, COPIES, WARPS)
+        copy = (lane_id % COPIES) * 4
+    # Four warps have two rows of tiles. Rows past the end are read as the last ones and never written: every lane must take
+    # part in the matrix instruction.
+    part = (thread >> 5) & 3
+    tile_row = (tl.program_id(0) * (WARPS // 4) + (thread >> 7)) * 2
     read_row = tl.minimum(tile_row, tile_rows - 1).to(tl.int64)
     to_next = tl.minimum(tile_row + 1, tile_rows - 1).to(tl.int64) - read_row
-    first = tl.program_id(1) * chunk
-    count = tl.minimum(chunk, tile_columns - first)
+    first = (tl.program_id(1) * 4 + part) * chunk
+    count = tl.maximum(tl.minimum(chunk, tile_columns - first), 0)
     bit = lane_id * LANE_BITS
     offset = bit & 31
     ring = (trellis_ptr + (read_row * tile_columns + first) * WORDS).to(tl.uint64)
@@ -82,21 +89,19 @@ def _nvidia_kernel(
     low_there, high_there = (row_of_x < batch).to(tl.int32), (row_of_x + 8 < batch).to(tl.int32)
     x_low = _part_of_x(x_ptr, row_of_x, lane_id & 3, first, batch, tile_columns)
     x_high = _part_of_x(x_ptr, row_of_x + 8, lane_id & 3, first, batch, tile_columns)
-    table = (lane_id % COPIES) * 4
-    trips = thread * 0 + count // UNROLL
-    rest = thread * 0 + count % UNROLL
+    trips, rest = count // UNROLL, count % UNROLL
     f = tl.float32
     a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7 = tl.inline_asm_elementwise(
         MULTIPLY,
         OPERANDS,
-        [word_0, word_1, word_2, row_bytes, offset, table, x_low, x_high, low_there, high_there, trips, rest],
+        [word_0, word_1, word_2, row_bytes, offset, copy, x_low, x_high, low_there, high_there, trips, rest, thread],
         dtype=(f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f),
         is_pure=False,
         pack=1,
     )
     outputs = tile_rows * 16
     target = partial_ptr + (tl.program_id(1) * batch).to(tl.int64) * outputs
-    inside, next_inside = tile_row < tile_rows, tile_row + 1 < tile_rows
+    inside, next_inside = (part == 0) & (tile_row < tile_rows), (part == 0) & (tile_row + 1 < tile_rows)
     _store_fragment(target, tile_row, outputs, lane_id, 0, batch, inside, a0 * unit, a1 * unit, a2 * unit, a3 * unit)
     _store_fragment(target, tile_row + 1, outputs, lane_id, 0, batch, next_inside, b0 * unit, b1 * unit, b2 * unit, b3 * unit)
     if GROUPS == 2:
@@ -107,14 +112,25 @@ def _nvidia_kernel(
 
 
 @triton.jit
-def _fill_table(lut_ptr, thread, DECLARE: tl.constexpr, STORE: tl.constexpr, COPIES: tl.constexpr, WARPS: tl.constexpr):
+def _fill_table(lut_ptr, thread, tile_rows, FIND: tl.constexpr, STORE: tl.constexpr, COPIES: tl.constexpr, WARPS: tl.constexpr):
     """Every thread writes four copies of an entry at a time, to shared memory."""
-    base = tl.inline_asm_elementwise(DECLARE, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+    if COPIES == 32:
+        _set_aside(lut_ptr, thread, tile_rows < 0)  # never, which the compiler cannot know
+    base = tl.inline_asm_elementwise(FIND, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
     for part in tl.static_range(512 * COPIES // 4 // (WARPS * 32)):
         quad = thread + part * (WARPS * 32)
         entry = tl.load(lut_ptr + quad // (COPIES // 4))
         tl.inline_asm_elementwise(STORE, "=r,r,r", [entry, base + quad * 16], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+
+
+@triton.jit
+def _set_aside(lut_ptr, thread, used):
+    """Makes the compiler keep 64 KiB of shared memory for this, and thereby for the wide table: nothing else in the kernel uses
+    any. A kernel may declare 48 KiB itself."""
+    if used:
+        place = tl.arange(0, 512 * 32)
+        tl.store(lut_ptr + thread, tl.gather(tl.load(lut_ptr + place), thread, 0))
 
 
 @triton.jit
@@ -213,22 +229,22 @@ def partial_products(
     if inputs != (-(-tile_columns // 2) * lane.FRAGMENT_INPUTS if in_fragments else tile_columns * TILE):
         raise SpecError(f"x has {inputs} columns: this packed matrix multiplies {tile_columns * TILE}")
     chunk = chunk_of(tile_rows, tile_columns)
-    splits = triton.cdiv(tile_columns, chunk)
+    splits = triton.cdiv(tile_columns, chunk * lane.WARP_PARTS)
     partial_SBO = x_BI.new_empty((splits, batch, tile_rows * TILE), dtype=torch.float32)
     if partial_SBO.numel() == 0:
         return partial_SBO
     table = portable.lut_for(spec, lut, trellis)
-    operands = (partial_SBO, tile_rows, tile_columns, chunk, batch)
     words = trellis.contiguous().view(torch.uint32)
     if chosen == "ptx":
-        grid = (triton.cdiv(tile_rows, WARPS * lane.WARP_ROWS), splits)
+        arguments = nvidia_arguments(spec, batch, _has_wide_table(x_BI.device))
+        programs = triton.cdiv(tile_rows, arguments["WARPS"] // lane.WARP_PARTS * lane.WARP_ROWS)
         x = (x_BI if in_fragments else lane.fragments(x_BI)).contiguous()
-        operands = (x, words, table.view(torch.uint32), *operands)
-        _nvidia_kernel[grid](*operands, lane.UNIT.get(spec.code, 1.0), **nvidia_arguments(spec, batch), num_warps=WARPS)
+        operands = (x, words, table.view(torch.uint32), partial_SBO, tile_rows, tile_columns, chunk, batch)
+        _nvidia_kernel[(programs, splits)](*operands, lane.UNIT.get(spec.code, 1.0), **arguments, num_warps=arguments["WARPS"])
     else:
         rows = triton.next_power_of_2(batch)
         decoder = astuple(portable.Decoder.of(spec))
-        operands = (x_BI.contiguous(), words, table, *operands)
+        operands = (x_BI.contiguous(), words, table, partial_SBO, tile_rows, tile_columns, chunk * lane.WARP_PARTS, batch)
         _portable_kernel[(tile_rows, splits)](*operands, *decoder, rows, PORTABLE_TILES, num_warps=PORTABLE_WARPS)
     return partial_SBO
 
@@ -239,27 +255,35 @@ def matvec(x_BI: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: to
 
 
 def chunk_of(tile_rows: int, tile_columns: int) -> int:
-    """Tiles along the inputs that a program takes: enough programs for a large GPU, whole trips of the loop."""
-    programs = triton.cdiv(tile_rows, WARPS * lane.WARP_ROWS)
-    splits = triton.cdiv(WARPS_WANTED, programs * WARPS)
+    """Tiles along the inputs that a warp takes: enough warps for a large GPU, whole trips of the loop."""
+    splits = triton.cdiv(WARPS_WANTED, triton.cdiv(tile_rows, lane.WARP_ROWS))
     return triton.cdiv(max(MIN_CHUNK, triton.cdiv(tile_columns, splits)), UNROLL) * UNROLL
 
 
-def nvidia_arguments(spec: TrellisSpec, batch: int) -> dict[str, object]:
-    """The compile-time arguments of the NVIDIA kernel."""
+@lru_cache(maxsize=16)
+def _has_wide_table(device: torch.device) -> bool:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_multiprocessor >= WIDE_SHARED_BYTES
+
+
+@lru_cache(maxsize=256)
+def nvidia_arguments(spec: TrellisSpec, batch: int, wide: bool = False) -> dict[str, object]:
+    """The compile-time arguments of the NVIDIA kernel. wide: a table of the code may take 64 KiB of shared memory."""
     columns = 8 if batch <= 8 else 16
     has_table = spec.weights_per_step == 2
+    # Of sixteen rows there are more sums, and with the registers that they take one program of sixteen warps less.
+    wide = wide and has_table and columns == 8
+    table, warps = (lane.WIDE_TABLE, WIDE_WARPS) if wide else (lane.SMALL_TABLE, WARPS)
     return {
-        "MULTIPLY": lane.multiply(spec, columns, UNROLL),
+        "MULTIPLY": lane.multiply(spec, columns, UNROLL, warps, table),
         "OPERANDS": lane.MULTIPLY_CONSTRAINTS,
-        "DECLARE": lane.declare_table(),
-        "STORE": lane.store_table(),
-        "HAS_TABLE": has_table,
-        "COPIES": lane.LUT_COPIES,
+        "FIND": table.find(),
+        "STORE": table.store(),
+        "COPIES": table.copies if has_table else 0,
         "WORDS": spec.words_per_tile,
         "LANE_BITS": lane.lane_bits(spec),
         "GROUPS": columns // 8,
-        "WARPS": WARPS,
+        "WARPS": warps,
         "UNROLL": UNROLL,
     }
 
@@ -270,11 +294,13 @@ def compile_cases() -> Iterator[CompileCase]:
     signature |= dict.fromkeys(("tile_rows", "tile_columns", "chunk", "batch"), "i32")
     pointers = ("x_ptr", "trellis_ptr", "lut_ptr", "partial_ptr")
     at_two_bits = [(code, 2, 1) for code in ("1mad", "mul1", "3inst", "mcg", "hyb", "hyb2")]
-    for code, bits, batch in (*at_two_bits, ("3inst", 3, 1), ("mul1", 4, 1), ("hyb", 2.5, 1), ("hyb", 4, 1), ("hyb", 2, 16)):
+    others = [("3inst", 3, 1), ("mul1", 4, 1), ("hyb", 2.5, 1), ("hyb", 4, 1), ("hyb", 2, 16)]
+    narrow = [(*each, False) for each in at_two_bits + others]
+    for code, bits, batch, wide in (*narrow, ("hyb", 2, 1, True), ("hyb2", 2, 1, True)):
         spec = TrellisSpec.at_bits(code, bits)
-        arguments = nvidia_arguments(spec, batch)
+        arguments = nvidia_arguments(spec, batch, wide)
         yield CompileCase(
-            f"matvec ptx {code} {bits:g}, batch {batch}",
+            f"matvec ptx {code} {bits:g}, batch {batch}{', wide table' if wide else ''}",
             _nvidia_kernel,
             signature | {"unit": "fp32"},
             arguments,
