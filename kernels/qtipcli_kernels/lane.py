@@ -140,8 +140,9 @@ def fragments(x_BI: torch.Tensor) -> torch.Tensor:
     another, the 16 bytes that a lane loads at once. Of an odd number of tiles the last one's are eight apart; what lies between
     is never read.
     """
-    padded = torch.nn.functional.pad(x_BI, (0, -x_BI.shape[1] % FRAGMENT_INPUTS))
-    halves = padded.view(len(x_BI), -1, 2, 2, 4, 2)  # [row, pair of tiles, tile, half, c, parity]
+    missing = -x_BI.shape[1] % FRAGMENT_INPUTS
+    padded = torch.nn.functional.pad(x_BI, (0, missing)) if missing else x_BI
+    halves = padded.reshape(len(x_BI), -1, 2, 2, 4, 2)  # [row, pair of tiles, tile, half, c, parity]
     return halves.permute(0, 1, 4, 2, 3, 5).reshape(padded.shape)
 
 

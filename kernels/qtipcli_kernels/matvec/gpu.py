@@ -256,8 +256,9 @@ def matvec(x_BI: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: to
 
 def chunk_of(tile_rows: int, tile_columns: int) -> int:
     """Tiles along the inputs that a warp takes: enough warps for a large GPU, whole trips of the loop."""
-    splits = triton.cdiv(WARPS_WANTED, triton.cdiv(tile_rows, lane.WARP_ROWS))
-    return triton.cdiv(max(MIN_CHUNK, triton.cdiv(tile_columns, splits)), UNROLL) * UNROLL
+    warps = triton.cdiv(tile_rows, lane.WARP_ROWS) * lane.WARP_PARTS
+    splits = min(triton.cdiv(WARPS_WANTED, warps), max(1, tile_columns // (MIN_CHUNK * lane.WARP_PARTS)))
+    return triton.cdiv(triton.cdiv(tile_columns, splits * lane.WARP_PARTS), UNROLL) * UNROLL
 
 
 @lru_cache(maxsize=16)
