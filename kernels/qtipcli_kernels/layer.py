@@ -53,8 +53,10 @@ def packed_linear(
     The rotated rows are rounded to fp16, as an fp16 product's are; sums and transforms are float32.
     """
     padded_in = trellis.shape[1] // spec.words_per_tile * TILE
-    rotated_BP, row_scale_B = hadamard_gpu.rotate_in(x_BI, scale_in_I, padded_in, block_in)
-    product_SBO = products(rotated_BP, trellis, spec, lut)
+    # The product's own order, where its kernel reads that; its rows are fp16, whatever x is.
+    in_fragments = len(x_BI) <= FUSED_ROWS and matvec_gpu.kernel(spec, x_BI, lut, torch.float16) == "ptx"
+    rotated_BP, row_scale_B = hadamard_gpu.rotate_in(x_BI, scale_in_I, padded_in, block_in, in_fragments)
+    product_SBO = products(rotated_BP, trellis, spec, lut, in_fragments)
     layers, first = [], 0
     for side in outputs:
         layers.append((first, side.padded, side.block, side.scale, side.bias))
@@ -62,13 +64,18 @@ def packed_linear(
     return hadamard_gpu.rotate_out_group(product_SBO, row_scale_B, layers, x_BI.dtype)
 
 
-def products(x_BI: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None) -> torch.Tensor:
+def products(
+    x_BI: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None, in_fragments: bool = False
+) -> torch.Tensor:
     """x W^T for any number of rows, in parts, float32 [S, B, O]: their sum over S is the product.
 
-    x_BI: float16 or float32. S is 1 where a library multiplies, which it does in x's dtype.
+    x_BI: float16 or float32; in_fragments: at most FUSED_ROWS of them, as `matvec.gpu.partial_products` takes them. S is 1
+    where a library multiplies, which it does in x's dtype.
     """
     if len(x_BI) <= FUSED_ROWS:
-        pieces = [matvec_gpu.partial_products(piece, trellis, spec, lut) for piece in x_BI.split(matvec_gpu.MAX_ROWS)]
+        pieces = [
+            matvec_gpu.partial_products(piece, trellis, spec, lut, in_fragments) for piece in x_BI.split(matvec_gpu.MAX_ROWS)
+        ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
     product_BO = x_BI.new_empty((1, len(x_BI), len(trellis) * TILE), dtype=torch.float32)
     tile_rows = max(1, STRIP_WEIGHTS // (x_BI.shape[1] * TILE))

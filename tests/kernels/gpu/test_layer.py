@@ -69,12 +69,12 @@ def check_layers(spec, rows, dtype, device):
 def test_many_rows_go_sixteen_at_a_time_then_to_the_library(device, monkeypatch):
     """Every way gives the product; which one is taken is seen from the number of parts."""
     spec = TrellisSpec("1mad", 2)
-    monkeypatch.setattr(layer.matvec_gpu, "MIN_CHUNK", 8)
-    monkeypatch.setattr(layer, "STRIP_WEIGHTS", 16 * 256)
-    trellis = packed(spec, 32, 256).to(device)
+    monkeypatch.setattr(layer.matvec_gpu, "MIN_CHUNK", 4)
+    monkeypatch.setattr(layer, "STRIP_WEIGHTS", 16 * 512)
+    trellis = packed(spec, 32, 512).to(device)
     weight = decode_reference.decode(trellis.cpu(), spec).double()
     for rows, parts in ((16, 2), (18, 2), (layer.FUSED_ROWS + 1, 1)):
-        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).to(device, torch.float16)
+        x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)).to(device, torch.float16)
         products = layer.products(x, trellis, spec, None)
         assert products.shape == (parts, rows, 32)
         exact = x.cpu().double() @ weight.T
