@@ -2,9 +2,9 @@
 
     PYTHONPATH=src:kernels:tests python -m faults --count 500 --jobs 2 --json faults.json
 
-Kind, subject and moment of fault N are drawn from --seed and N alone: `--seed S --only N` does that one again. A long run may be
-done in pieces: with --add those that are in the JSON file are not done again, and --seconds ends a piece. Exit status 1 if one
-failed. --break NAME breaks the product first (faults.breaks), to see the harness find it.
+Kind, subject and moment of fault N are drawn from --seed and N alone: `--seed S --only N` does that one again. A long run may
+be done in pieces: with --add those that are in the JSON file are not done again, and --seconds ends a piece. Exit status 1 if
+one failed. --break NAME breaks the product first (faults.breaks), to see the harness find it.
 """
 
 from __future__ import annotations
