@@ -49,19 +49,20 @@ def _flipped(fault: Fault, choose: Choose) -> Verdict:
 
 
 def _settled(fault: Fault, victim: Path) -> Verdict:
-    """A command that is done with the Hessians does not read them again: then the one that makes them must find the damage."""
+    """A command that needs a directory no more does not read it again: then the one that makes it must find the damage."""
     verdict = settle(fault)
     alone = f"{victim.relative_to(fault.where)} has other bytes"
-    if verdict != (FAILED, alone) or victim.parent.name != "hessians" or not fault.subject.owner:
+    owner = fault.subject.owners.get(victim.parent.name)
+    if verdict != (FAILED, alone) or owner is None:
         return verdict
-    ended = start(fault.subject.owner, fault.where, fault.folder / "log").wait()
+    ended = start(owner, fault.where, fault.folder / "log").wait()
     if not ended.is_clear_refusal:
-        return Verdict(FAILED, f"{alone}, and calibrate does not say so: {told(ended)}")
-    repaired = start((*fault.subject.owner, "--force"), fault.where, fault.folder / "log").wait()
+        return Verdict(FAILED, f"{alone}, and {owner[0]} does not say so: {told(ended)}")
+    repaired = start((*owner, "--force"), fault.where, fault.folder / "log").wait()
     again = judged(fault)
     if repaired.status or again.outcome == FAILED:
         return Verdict(FAILED, f"{again.said} after {ended.message!r} and --force: {told(repaired)}")
-    return Verdict(REFUSED, f"{ended.message} (by calibrate)")
+    return Verdict(REFUSED, f"{ended.message} (by {owner[0]})")
 
 
 def _victim(fault: Fault, choose: Choose) -> Path:

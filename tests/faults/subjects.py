@@ -26,7 +26,7 @@ class Subject:
 
     arguments: of qtip. given: what must be in its directory beforehand; None for nothing. repair: the commands that the hints
     of its refusals name. expected: what it leaves; oracle: where that lies. seconds: of a whole run.
-    owner: the command that makes the Hessians, which this one reads only as long as it needs them.
+    owners: directory that this command reads only as long as it needs it -> the command that makes it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Subject:
     repair: tuple[tuple[str, ...], ...] = ()
     expected: Snapshot = field(default_factory=dict)
     oracle: Path = Path()
-    owner: tuple[str, ...] = ()
+    owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def prepare(self, where: Path) -> None:
@@ -114,10 +114,18 @@ def subjects(folder: Path) -> dict[str, Subject]:
         return tuple((*command, "--force") for command in commands)
 
     found = [undisturbed("calibrate", calibrate, folder, repair=forced(calibrate))]
-    found.append(undisturbed("quantize", rounding, folder, folder / "calibrate-0", repair=forced(rounding), owner=calibrate))
-    found.append(undisturbed("pack", packing, folder, folder / "quantize-0", repair=forced(rounding, packing)))
+    found.append(
+        undisturbed(
+            "quantize", rounding, folder, folder / "calibrate-0", repair=forced(rounding), owners={"hessians": calibrate}
+        )
+    )
+    found.append(
+        undisturbed(
+            "pack", packing, folder, folder / "quantize-0", repair=forced(rounding, packing), owners={"out.job": rounding}
+        )
+    )
     tune = ("finetune", str(folder / "pack-0" / PACKED), *text, "--context", "32", "--blocks", "--end-to-end", "--out", PACKED)
     tune += ("--samples", "8", "--heldout", "2", "--batch", "2", "--checkpoint-every", "1")
     found.append(undisturbed("finetune", tune, folder, repair=forced(tune)))
-    found.append(undisturbed("pipeline", whole, folder, repair=forced(whole), owner=calibrate))
+    found.append(undisturbed("pipeline", whole, folder, repair=forced(whole), owners={"hessians": calibrate}))
     return {subject.name: subject for subject in found}

@@ -6,17 +6,21 @@ Oracle: an undisturbed run of the same command, to the byte. In a process of its
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from job.tiny import exit_status, fork
 from stages.tiny import environment
 
 from faults import breaks, kinds
 from faults.disk_model import Disk
 from faults.judge import FAILED
+from faults.recorder import Recorder
+from qtipcli.job.files import make_directory
 
 QUICK = 2 * len(kinds.KINDS)
 
@@ -41,6 +45,23 @@ def test_the_harness_finds_a_product_that_is_broken(broken: str) -> None:
     done = harness("--count", 12, "--kinds", breaks.FOUND_BY[broken], "--break", broken)
     assert done.returncode == 1, done.stdout + done.stderr
     assert FAILED in done.stdout
+
+
+def test_a_directory_and_its_parents_survive_a_power_cut_once_they_are_made(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+
+    def work() -> None:
+        recorder = Recorder(tmp_path / "root", record)
+        recorder.install()
+        make_directory(tmp_path / "root" / "a" / "b")
+        recorder.write()
+
+    (tmp_path / "root").mkdir()
+    assert exit_status(fork(work)) == 0
+    disk = Disk({})
+    for op in pickle.loads(record.read_bytes()):
+        disk.do(op)
+    assert left(disk, "none", "lost") == {"a": None, "a/b": None}
 
 
 def left(disk: Disk, names: str, content: str) -> dict[str, bytes | None]:
