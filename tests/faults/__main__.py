@@ -102,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="one fault of the run, by its number")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(kinds.KINDS), help="some, with commas")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    parser.add_argument("--folder", type=Path, help="where jobs are; in memory, as in /dev/shm, syncs take no time")
     parser.add_argument("--quick", action="store_true", help="leave out what takes long in a fault")
     parser.add_argument("--json", type=Path, help="counts and failures go here")
     parser.add_argument("--add", action="store_true", help="to those that are there, which are not done again")
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = {fault["number"] for fault in before["faults"]} if before else set()
     wanted = range(asked.count) if asked.only is None else [asked.only]
     asked.numbers = [number for number in wanted if number not in done]
-    with tempfile.TemporaryDirectory(prefix="qtip-faults-") as name:
+    with tempfile.TemporaryDirectory(prefix="qtip-faults-", dir=asked.folder) as name:
         folder = Path(name)
         folder.chmod(0o755)
         results = run(asked, folder)

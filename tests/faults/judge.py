@@ -13,6 +13,9 @@ from faults.subjects import Subject, different, snapshot
 
 SAME, REFUSED, FAILED = "same bytes", "clear refusal", "FAILED"
 
+TOO_LATE = "the command had ended before"
+"""What is said of a fault that came when there was nothing left to be disturbed."""
+
 
 class Verdict(NamedTuple):
     """outcome: SAME, REFUSED or FAILED. said: the refusal, or what happened."""

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from faults import disks, kinds
-from faults.judge import FAILED, REFUSED, SAME
+from faults.judge import FAILED, REFUSED, SAME, TOO_LATE
 
 
 def counted(results: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -49,6 +49,7 @@ def merged(before: dict[str, Any] | None, results: list[dict[str, Any]], seed: i
         "outcomes": dict(Counter(fault["outcome"] for fault in faults)),
         "kinds": counted(faults),
         "subjects": dict(Counter(fault["subject"] for fault in faults)),
+        "came too late": before.get("came too late", 0) + sum(result["said"] == TOO_LATE for result in results),
         "small disks": "tmpfs" if disks.may_mount() else "RLIMIT_FSIZE and chmod",
         "refusals": said,
         "failed": failed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from faults.judge import FAILED, Fault, Verdict, settle, told
+from faults.judge import FAILED, SAME, TOO_LATE, Fault, Verdict, settle, told
 from faults.runs import Running, start_cold
 
 COLD_SHARE = 0.1
@@ -17,6 +17,7 @@ COLD_START_S = 6.0
 def killed(fault: Fault) -> Verdict:
     """Up to three times in a row: what goes on after a kill may be killed too."""
     fault.subject.prepare(fault.where)
+    hits = 0
     for _ in range(fault.dice.choice((1, 1, 2, 3))):
         running, moment = _start(fault)
         time.sleep(moment)
@@ -24,7 +25,8 @@ def killed(fault: Fault) -> Verdict:
         ended = running.wait()
         if ended.status not in (0, -signal.SIGKILL):
             return Verdict(FAILED, f"before the kill: {told(ended)}")
-    return settle(fault)
+        hits += ended.status != 0
+    return _marked(settle(fault), hits)
 
 
 def terminated(fault: Fault) -> Verdict:
@@ -50,7 +52,12 @@ def _asked_to_stop(fault: Fault, number: signal.Signals) -> Verdict:
     is_orderly = ended.status == 0 or ended.is_clear_refusal or ended.status in (-signal.SIGTERM, -signal.SIGINT)
     if not is_orderly or "Traceback" in ended.text:
         return Verdict(FAILED, f"stopped by {number.name}: {told(ended)}")
-    return settle(fault)
+    return _marked(settle(fault), ended.status)
+
+
+def _marked(verdict: Verdict, hits: int) -> Verdict:
+    """Whether the command had ended before it could be stopped, which says little, is part of the verdict."""
+    return Verdict(SAME, TOO_LATE) if verdict.outcome == SAME and not hits else verdict
 
 
 def _start(fault: Fault) -> tuple[Running, float]:
