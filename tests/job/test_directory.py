@@ -159,10 +159,15 @@ def test_a_damaged_job_json_is_named_and_force_starts_again(tmp_path: Path) -> N
 def test_a_changed_digit_in_job_json_is_damage_and_not_another_job(tmp_path: Path) -> None:
     do_job(tmp_path)
     file = tmp_path / "job.json"
-    file.write_text(file.read_text().replace('"samples": 128', '"samples": 129'))
-    for read in (open_run, RunDirectory.load):
-        with pytest.raises(CorruptError, match=r"job\.json is damaged: it is not what was written"):
-            read(tmp_path)
+    text = file.read_text()
+    for old, new in (('"samples": 128', '"samples": 129'), ('"stage"', '"stbge"')):
+        file.write_text(text.replace(old, new))
+        for read in (open_run, RunDirectory.load):
+            with pytest.raises(CorruptError, match=r"job\.json is damaged: it is not what was written"):
+                read(tmp_path)
+    file.write_text('{"check": "5", "id": 7}')
+    with pytest.raises(SettingsError, match="is not a qtip job's file"):
+        do_job(tmp_path, force=True)
 
 
 def test_a_job_of_an_older_version_which_wrote_no_checksum_goes_on(tmp_path: Path) -> None:

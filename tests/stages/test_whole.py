@@ -25,6 +25,8 @@ def change_a_digit(file: Path) -> None:
     """Or, where there is none, a bit: what was JSON stays JSON."""
     content = bytearray(file.read_bytes())
     digits = [place for place, byte in enumerate(content) if chr(byte) in "2468" and chr(content[place - 1]) in "0123456789"]
+    if file.name == "config.json":
+        content[-5] = 0xA0  # nor is it UTF-8 any more
     content[digits[len(digits) // 2] if digits and file.suffix == ".json" else -1] ^= 1
     file.write_bytes(content)
 

@@ -311,9 +311,10 @@ def _read_job(path: Path) -> dict[str, Any] | None:
         raise CorruptError(
             f"{file} is damaged: it is not JSON", "choose another directory, or --force to start again"
         ) from error
-    if not isinstance(job, dict) or not job.keys() >= _JOB_FIELDS:
+    lacking = _JOB_FIELDS - job.keys() if isinstance(job, dict) else _JOB_FIELDS
+    check = job.pop("check", None) if len(lacking) <= 1 else None  # absent from older jobs; one name may be what is damaged
+    if lacking and check is None:
         raise SettingsError(f"{file} is not a qtip job's file", "choose another directory")
-    check = job.pop("check", None)  # absent from older jobs
     if check is not None and check != checksum(job):
         raise CorruptError(
             f"{file} is damaged: it is not what was written", "choose another directory, or --force to start again"

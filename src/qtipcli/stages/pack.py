@@ -79,10 +79,11 @@ def run(
     if job.fingerprint["model"] != fingerprint_model(source.directory):
         raise QtipError(f"{job_directory} is a job of another model than {source.name}", "give the model it was started with")
     with only_writer(out):
-        if not force and packed_from(out, job) and (remote_code.is_in(out) or not with_code):
+        if not force and packed_from(out, job):
             _Packer(source, job, out, watcher, _own_provenance(out), with_code).check()
-            watcher.note(f"{out} is complete already: nothing was done")
-            return out
+            if remote_code.is_in(out) or not with_code:
+                watcher.note(f"{out} is complete already: nothing was done")
+                return out
         refuse_occupied(out, force)
         with written_whole(out) as partial:
             _Packer(source, job, partial, watcher, provenance or {}, with_code).run(max_shard_size)
