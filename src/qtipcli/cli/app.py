@@ -19,7 +19,7 @@ from qtipcli.cli.generate import chat, generate
 from qtipcli.cli.serve import PASS_ON, serve
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
 from qtipcli.job import launcher
-from qtipcli.job.interrupt import stopped_at_once
+from qtipcli.job.interrupt import stopping_in_words
 
 
 class _Group(TyperGroup):
@@ -30,10 +30,8 @@ class _Group(TyperGroup):
 
     def invoke(self, context: Any) -> Any:
         """Here, because newer Typers turn Ctrl-C into an exit status and say nothing."""
-        try:
+        with stopping_in_words():
             return super().invoke(context)
-        except KeyboardInterrupt:
-            raise stopped_at_once() from None
 
 
 app = typer.Typer(
