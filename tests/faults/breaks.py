@@ -92,12 +92,6 @@ def _no_finite_check() -> None:
         module.check_finite = lambda name, tensor: None
 
 
-def _temporary_files_stay() -> None:
-    """What a killed process left half-written is never cleaned."""
-    for module in _modules_with("remove_temporary"):
-        module.remove_temporary = lambda directory: None
-
-
 def _modules_with(name: str) -> list[Any]:
     return [module for label, module in sys.modules.items() if label.startswith("qtipcli.") and hasattr(module, name)]
 
@@ -111,7 +105,6 @@ BREAKS: dict[str, Callable[[], None]] = {
     "no-checksums": _no_checksums,
     "ledger-without-checks": _ledger_without_checks,
     "ledger-first": _ledger_first,
-    "temporary-files-stay": _temporary_files_stay,
     "no-finite-check": _no_finite_check,
 }
 
@@ -123,7 +116,6 @@ FOUND_BY: dict[str, str] = {
     "no-checksums": "bit in a shard",
     "ledger-without-checks": "bit in the ledger",
     "ledger-first": "power cut",
-    "temporary-files-stay": "kill -9",
     "no-finite-check": "NaN in weights",
 }
 """Break -> a kind of fault that finds it."""

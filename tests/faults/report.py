@@ -39,7 +39,7 @@ def merged(before: dict[str, Any] | None, results: list[dict[str, Any]], seed: i
     for result in results:
         if result["outcome"] == REFUSED:
             messages = said.setdefault(result["kind"], [])
-            message = re.sub(r"\d+|[0-9a-f]{12}", "#", re.sub(r"/\S*/", "", result["said"]))
+            message = re.sub(r"[0-9a-f]{12}|\d+", "#", re.sub(r"/\S*/", "", result["said"]))
             if message not in messages:
                 messages.append(message)
     faults = sorted(before["faults"] + short, key=lambda fault: fault["number"])

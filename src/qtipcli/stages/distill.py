@@ -118,6 +118,11 @@ def heldout_divergence(student: Student, teacher: Teacher, share: Share, process
     return total / count
 
 
+def saved_states(job: RunDirectory) -> list[str]:
+    """The shards that hold a run on its way; of no use any more when the result is there."""
+    return [key for key in job.keys() if key.startswith("step-")]  # noqa: SIM118, no mapping
+
+
 def _predictions(rows: int, context: int) -> int:
     return rows * (context - 1)
 
@@ -162,9 +167,8 @@ class Distiller:
             self._save_if_due()
         step, after = min(self.judged, key=lambda each: each[1])
         report = {"before": self.judged[0][1], "after": after, "step": step}
+        self._draw()  # before the result: who is killed in between draws again
         self.job.commit(RESULT, self.descent.best, report)
-        self._forget_saved()
-        self._draw()
         return report
 
     def _chosen(self, step: int) -> int:
@@ -186,9 +190,6 @@ class Distiller:
         loss = self.descent.judge(lambda: heldout_divergence(self.student, self.teacher, self.share, self.processes))
         self.judged.append((self.descent.step, loss))
 
-    def _saved(self) -> list[str]:
-        return [key for key in self.job.keys() if key.startswith("step-")]  # noqa: SIM118, no mapping
-
     def _save_if_due(self) -> None:
         """A safe point is where the state is on disk; when the user has asked to stop, that is made so first."""
         due = self.descent.step % self.settings.checkpoint_every == 0
@@ -208,22 +209,18 @@ class Distiller:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "judged": torch.tensor(self.judged, dtype=torch.float64).reshape(-1, 2),
         }
-        before = self._saved()
+        before = saved_states(self.job)
         self.job.commit(key, self.descent.state() | history)
         if before:
             self.job.forget(*before)
         self._draw()
 
     def _resume(self) -> None:
-        if saved := self._saved():
+        if saved := saved_states(self.job):
             tensors = self.job.read(saved[-1])
             self.descent.restore(tensors)
             self.losses = tensors["losses"].tolist()
             self.judged = [(int(step), loss) for step, loss in tensors["judged"].tolist()]
-
-    def _forget_saved(self) -> None:
-        if saved := self._saved():
-            self.job.forget(*saved)
 
     def _draw(self) -> None:
         if self.processes.is_main:

@@ -227,6 +227,8 @@ class _Run:
         with self._open("end", END_STAGE, frozen, fingerprint) as job:
             if not job.done(distill.RESULT):
                 self._distill(settings, changed, job)
+            if saved := distill.saved_states(job):  # also those of a run that was killed behind its result
+                job.forget(*saved)
             return job.report(distill.RESULT), job.read(distill.RESULT)
 
     def _distill(self, settings: EndTuning, changed: dict[str, Tensor], job: RunDirectory) -> None:
