@@ -37,6 +37,9 @@ WARPS_WANTED = 6144
 MIN_CHUNK = 16
 """Fewest tiles along the inputs that a warp is given: below, its start costs more than its work."""
 
+PTX, PORTABLE = "ptx", "triton"
+"""The kernels' names."""
+
 PORTABLE_TILES, PORTABLE_WARPS = 2, 4
 """Tiles that a program of the portable kernel takes side by side, and its warps: 64 sums a thread at sixteen rows."""
 
@@ -202,7 +205,7 @@ def kernel(spec: TrellisSpec, x: torch.Tensor, lut: torch.Tensor | None = None, 
     """Which kernel multiplies a packed matrix of `spec` by `x`, or by rows of `dtype` where x lies: "ptx" or "triton"."""
     half = (dtype or x.dtype) == torch.float16 and (lut is None or lut.dtype == torch.float16)
     nvidia = x.is_cuda and torch.version.hip is None
-    return "ptx" if half and nvidia and lane.served(spec) else "triton"
+    return PTX if half and nvidia and lane.served(spec) else PORTABLE
 
 
 def partial_products(
@@ -224,7 +227,7 @@ def partial_products(
         raise SpecError(f"x is {x_BI.dtype} with {batch} rows: the kernels multiply 1 to {MAX_ROWS} rows of float16 or float32")
     tile_rows, tile_columns = len(trellis), trellis.shape[1] // spec.words_per_tile
     chosen = kernel(spec, x_BI, lut)
-    if in_fragments and chosen != "ptx":
+    if in_fragments and chosen != PTX:
         raise SpecError(f"rows of x are in fragments: the kernel for {x_BI.dtype} and code {spec.code} reads them as they are")
     if inputs != (-(-tile_columns // 2) * lane.FRAGMENT_INPUTS if in_fragments else tile_columns * TILE):
         raise SpecError(f"x has {inputs} columns: this packed matrix multiplies {tile_columns * TILE}")
@@ -235,7 +238,7 @@ def partial_products(
         return partial_SBO
     table = portable.lut_for(spec, lut, trellis)
     words = trellis.contiguous().view(torch.uint32)
-    if chosen == "ptx":
+    if chosen == PTX:
         arguments = nvidia_arguments(spec, batch, _has_wide_table(x_BI.device))
         programs = triton.cdiv(tile_rows, arguments["WARPS"] // lane.WARP_PARTS * lane.WARP_ROWS)
         x = (x_BI if in_fragments else lane.fragments(x_BI)).contiguous()
