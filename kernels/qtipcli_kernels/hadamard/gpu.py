@@ -19,10 +19,10 @@ import torch
 import triton
 
 from qtipcli_kernels import device
+from qtipcli_kernels.fragments import FRAGMENT_INPUTS
 from qtipcli_kernels.hadamard.butterflies import GUARD_BITS, dense_kernel, sylvester_kernel
 from qtipcli_kernels.hadamard.factor import factor
 from qtipcli_kernels.hadamard.reference import check_block
-from qtipcli_kernels.lane import FRAGMENT_INPUTS
 from qtipcli_kernels.spec import SpecError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def rotate_in(
     Schwarz), and fp16 has its 11 bits down to N 2^-28 of that mean. A row of zeros has row_scale 1, and one with a NaN or an
     infinity, which shows in `rotated`. Rows of values below 1e-30 lose precision to float32's denormal numbers.
 
-    x_BI: fp16, bf16 or float32 [B, I]. scale_in_I: fp16 [I]. fragments: rotated comes in the order of `lane.fragments`, [B,
+    x_BI: fp16, bf16 or float32 [B, I]. scale_in_I: fp16 [I]. fragments: rotated comes in that order (fragments.py), [B,
     padded rounded up to 32], what is never read unwritten. Raises DeviceError, SpecError.
     """
     device.check(x=x_BI, scale_in=scale_in_I)
@@ -250,7 +250,7 @@ def _launch(
 ) -> None:
     """Fill y_LBO for L layers, whose columns lie `offsets` from x_SBN's; and row_scale where there is a scale_in.
 
-    y_LBO: rows may be parts of wider ones. fragments: its columns in the order of `lane.fragments`.
+    y_LBO: rows may be parts of wider ones. fragments: its columns in the order of `fragments.fragments`.
     """
     layers, rows, outputs = y_LBO.shape
     if y_LBO.numel() == 0:
