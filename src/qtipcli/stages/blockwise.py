@@ -19,6 +19,7 @@ from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError
 from qtipcli.hub.config import METHOD, QtipConfig
 from qtipcli.hub.quantizer import QtipHfQuantizer
+from qtipcli.model import dequantized
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import CONFIG_FILE, ModelSource
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, Logits, ModelLogits, check_fits, device_name
@@ -94,10 +95,10 @@ def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code
     """
     source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
     device, chosen = default_device(), computing_dtype(source.config, dtype)
-    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8")).get("quantization_config")
-    if fields is None:
+    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    if "quantization_config" not in fields or dequantized.is_one(fields):
         return Skeleton(source, chosen, device)
-    quantizer = QtipHfQuantizer(QtipConfig(**fields))
+    quantizer = QtipHfQuantizer(QtipConfig(**fields["quantization_config"]))
     return Skeleton(source, chosen, device, lambda model: quantizer.place_modules(model, source.shards))
 
 
