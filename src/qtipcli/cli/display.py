@@ -35,7 +35,7 @@ def print_table(
     """
     names = list(columns or (rows[0] if rows else ()))
     # A table in a file or a pipe is not cut to a terminal's width.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
     table = _table(title, rows, names)
     # Measured in a console without end: a measurement never exceeds its console's own width.
     endless = console.options.update(max_width=sys.maxsize)
@@ -63,7 +63,7 @@ class Display:
     """Shows a stage's progress on stderr: a bar with ETA on a terminal, plain lines elsewhere. A context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
         self._title = ""

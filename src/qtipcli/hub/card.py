@@ -26,6 +26,9 @@ USE, FIGURES = "use", "figures"
 _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 """The Hub's own rule for the block at the head of a card (huggingface_hub.repocard.REGEX_YAML_BLOCK), as of version 2.4."""
 
+LONGEST_METADATA = 200_000
+"""Characters; the parser takes seconds for as many."""
+
 LABELS = {
     "perplexity": "perplexity",
     "base_perplexity": "perplexity of the original",
@@ -107,9 +110,12 @@ def front_matter(text: str) -> dict[str, Any]:
     block = _FRONT_MATTER.match(text)
     if block is None:
         return {}
+    if len(block["yaml"]) > LONGEST_METADATA:
+        raise ValueError(f"its metadata is longer than {LONGEST_METADATA:,} characters")
     try:
         fields = yaml.load(block["yaml"], Loader=yaml.BaseLoader)  # strings, lists and tables only: as safe as safe_load
-    except yaml.YAMLError as error:
+    # Beside its own errors also RecursionError, and what its scanner raises at the ends of a broken text.
+    except (yaml.YAMLError, RecursionError, ValueError, IndexError, AttributeError) as error:
         raise ValueError("its metadata is not YAML") from error
     if not isinstance(fields, dict):
         raise ValueError("its metadata is not a table")

@@ -115,7 +115,7 @@ def add(
     or its head cannot be packed, StoppedError after Ctrl-C.
     """
     found = RunDirectory.load(directory, STAGE)
-    if found.fingerprint["model"] != fingerprint_model(source.directory):
+    if found.fingerprint.get("model") != fingerprint_model(source.directory):
         raise QtipError(f"{directory} was calibrated on another model than {source.name}", "give the Hessians of this model")
     with interruptible(), RunDirectory.open(directory, STAGE, found.settings, found.fingerprint) as job:
         _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided)

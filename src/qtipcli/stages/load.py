@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import qtipcli  # noqa: F401, registers the format with transformers
-from qtipcli.errors import QtipError
+from qtipcli.errors import QtipError, first_line
 from qtipcli.job import launcher
 
 
@@ -58,6 +58,9 @@ def _loaded(kind: Any, name_or_path: str | Path, **how: Any) -> Any:
     check_name(name_or_path)
     try:
         return kind.from_pretrained(name_or_path, **how)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        fact = str(error).strip().split("\n")[0].rstrip(".")
-        raise QtipError(f"{name_or_path} cannot be loaded: {fact}", "check the name, and that transformers loads it") from error
+    except QtipError:
+        raise
+    # A directory that somebody else wrote can make transformers raise anything.
+    except Exception as error:
+        hint = "check the name, and that transformers loads it"
+        raise QtipError(f"{name_or_path} cannot be loaded: {first_line(error)}", hint) from error
