@@ -20,8 +20,8 @@ class QtipError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
-        self.message = _one_line(message)
-        self.hint = _one_line(hint)
+        self.message = one_line(message)
+        self.hint = one_line(hint)
         self.exit_code = exit_code
         super().__init__(self.message, self.hint, exit_code)  # all three, so that it survives a copy across processes
 
@@ -67,8 +67,11 @@ LONGEST = 2000
 """Characters of a message: eight differences of settings take 1300."""
 
 
-def _one_line(text: str) -> str:
-    """The text with what is not printable escaped: names in a model's files may hold line ends, or move a terminal's cursor."""
+def one_line(text: str) -> str:
+    """The text, at most LONGEST characters of it, with what is not printable escaped.
+
+    Names in a model's files may hold line ends, or move a terminal's cursor.
+    """
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 400]} ... {text[-300:]}"
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

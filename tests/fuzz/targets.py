@@ -58,10 +58,13 @@ class Surroundings:
     @staticmethod
     def command(arguments: list[object]) -> tuple[int, str, str]:
         """(status, stdout, stderr) of a qtip command. A traceback goes through."""
-        out, err = io.StringIO(), io.StringIO()
+        # As strict about what can be encoded as a terminal or pipe is.
+        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = _run([str(part) for part in arguments])
-        return status, out.getvalue(), err.getvalue()
+        for stream in (out, err):
+            stream.seek(0)
+        return status, out.read(), err.read()
 
 
 def answers(kind: str, directory: Path, surroundings: Surroundings, depth: int) -> Iterator[Answer]:

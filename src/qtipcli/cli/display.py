@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qtipcli.errors import one_line
 from qtipcli.stages.figures import WithError, text_of
 
 COLUMN_WIDTHS = {"layer": 38, "shape": 14, "bits": 5, "relative proxy loss": 20, "seconds": 8}
@@ -51,7 +52,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) 
         is_number = any(isinstance(row.get(name), int | float | WithError) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(text_of(row.get(name)) for name in names))
+        table.add_row(*(one_line(text_of(row.get(name))) for name in names))
     return table
 
 

@@ -51,7 +51,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's own tokenizer. Raises QtipError if it has none that transformers can load."""
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    # Files that somebody else wrote can make transformers raise anything.
+    except Exception as error:
         raise QtipError(
             f"{source.name} has no tokenizer that transformers can load", "put the tokenizer's files beside config.json"
         ) from error

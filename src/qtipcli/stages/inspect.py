@@ -49,6 +49,7 @@ def run(directory: Path) -> dict[str, Any]:
     _check_scales(files)
     losses = {name: report.get("relative_proxy_loss") for name, report in record.get("layers", {}).items()}
     metadata = index.get("metadata")
+    parameters = metadata.get("total_parameters") if isinstance(metadata, dict) else None
     rows = [
         {
             "layer": name,
@@ -66,7 +67,7 @@ def run(directory: Path) -> dict[str, Any]:
         "directory": str(directory),
         "bits_per_weight": config.bits_per_weight,
         "bytes": sum(file.stat().st_size for file in files),
-        "parameters": metadata.get("total_parameters") if isinstance(metadata, dict) else None,
+        "parameters": parameters if type(parameters) is int else None,
         "not_converted": config.not_converted,
         "checksums": len(record.get("sha256", {})),
         "rows": rows,

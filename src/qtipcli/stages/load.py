@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import qtipcli  # noqa: F401, registers the format with transformers
 from qtipcli.errors import QtipError, first_line
@@ -52,6 +52,11 @@ def computing_dtype(config: PreTrainedConfig, dtype: torch.dtype | None) -> torc
 def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config alone; raises as load_model does."""
     return _loaded(AutoConfig, name_or_path, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer; raises as load_model does."""
+    return _loaded(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
 
 
 def _loaded(kind: Any, name_or_path: str | Path, **how: Any) -> Any:

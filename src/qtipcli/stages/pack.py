@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -140,10 +141,14 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         table = record.get(part, {})
         if not isinstance(table, dict) or not all(isinstance(value, of) for value in table.values()):
             raise CorruptError(f"{file} is damaged: {part} is not the table that qtip writes", hint)
-    losses = (report.get("relative_proxy_loss") for report in record.get("layers", {}).values())
-    if not all(loss is None or type(loss) in (int, float) for loss in losses):
+    if not _has_losses(record.get("layers", {})):
         raise CorruptError(f"{file} is damaged: a loss is no number", hint)
     return record
+
+
+def _has_losses(layers: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether every layer's loss is a number, or not known."""
+    return all(type(layer.get("relative_proxy_loss")) in (int, float, NoneType) for layer in layers.values())
 
 
 def local_original(directory: Path) -> str | None:
@@ -275,6 +280,7 @@ def _checked_report(job: RunDirectory, key: str) -> dict[str, Any]:
     report = job.report(key)
     layers, left, tuned = (report.get(part, {}) for part in ("layers", "left", "tuned"))
     is_written_so = isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())
+    is_written_so = is_written_so and _has_losses(layers)
     is_written_so &= isinstance(left, dict) and all(isinstance(why, str) for why in left.values())
     is_written_so &= isinstance(tuned, list | dict) and all(isinstance(name, str) for name in tuned)
     if not (is_written_so and {"layers", "left"} <= report.keys()):
