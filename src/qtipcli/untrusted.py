@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +18,18 @@ from qtipcli.errors import CorruptError, storage_error
 
 LARGEST_BYTES = 100_000_000
 """Of a file that is read whole: safetensors' own limit for a header, and ten times the index of the largest models."""
+
+DEEPEST = 64
+"""Levels of tables and lists in each other; the deepest honest file has eight."""
+
+LARGEST_SIZES = {
+    r"(num_)?(hidden_|decoder_|mtp_)?(layers|blocks)|num_.*_layers|n_layers?|n_blocks": 4096,
+    r"num_.*heads|n_heads?|.*head_dim|num_.*experts(_.*)?|.*_experts|.*_rank": 2**16,
+    r"hidden_size|n_embd|d_model|.*_hidden_size": 2**20,
+    r"intermediate_size|.*_intermediate_size|n_inner|d_ff|ffn_dim": 2**24,
+    r"vocab_size|.*_vocab_size": 2**27,
+}
+"""Fields of a config, by the names that transformers' families give them -> more than any model has."""
 
 _BLOBS = re.compile(r"(?P<model>.*/models--[^/]+)/snapshots/[^/]+")
 """A snapshot in the Hub's cache, whose files are links to ../../blobs/."""
@@ -56,9 +69,27 @@ def parse_json(text: bytes | str, unique: bool = False) -> Any:
     Raises ValueError for everything that is no JSON, also where it is nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique if unique else None)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if is_deep(value):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether tables and lists in a JSON value lie deeper in each other than DEEPEST, where copying it would fail."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_table(path: Path, hint: str, unique: bool = False) -> dict[str, Any]:
@@ -81,6 +112,22 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not {"\\", "\0"} & set(name)
 
 
+def refuse_impossible(config: dict[str, Any], name: str) -> None:
+    """Raise CorruptError where a model's config states a size that no model has, at any depth of it.
+
+    transformers builds as many modules, and computes as many frequencies, as a config says, before it looks for weights.
+    """
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        parts += [value for key, value in part.items() if isinstance(value, dict) and key != "quantization_config"]
+        for key, value in part.items():
+            largest = next((most for pattern, most in LARGEST_SIZES.items() if re.fullmatch(pattern, str(key))), None)
+            if largest is not None and type(value) in (int, float) and value > largest:
+                fact = f"the config of {name} states {key} {value!r}: no model has more than {largest:,}"
+                raise CorruptError(fact, "download or export the model again")
+
+
 def led_out(file: Path, directory: Path) -> Path | None:
     """Where a link in `directory` leads, if that is outside of it; None for all else.
 
@@ -95,6 +142,6 @@ def led_out(file: Path, directory: Path) -> Path | None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has {name!r} twice")
     return table

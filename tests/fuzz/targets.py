@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
+import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -33,6 +36,14 @@ LOADED, REFUSED, FOREIGN, FINDING = "loaded", "refused", "foreign", "finding"
 LONGEST_MESSAGE = 2000
 OURS = ("/qtipcli/", "/qtipcli_kernels/")
 TOKENS = torch.arange(5, 17)[None]
+
+
+TRAPS: dict[str, Callable[[], object]] = {
+    "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "memory": lambda: bytearray(2**33),
+    "hang": lambda: time.sleep(60),
+}
+"""What a case does that is there to try the harness."""
 
 
 @dataclass(frozen=True)

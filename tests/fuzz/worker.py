@@ -93,7 +93,7 @@ def _tried(case: Mapping[str, Any], contents: Mapping[str, Any], place: Path, su
         os.environ["QTIP_FUZZ_CANARY"] = str(canary)
         _in_child(case, place, surroundings, writing)
     os.close(writing)
-    text, ended = _collected(reading, child)
+    text, ended = _collected(reading, child, 1.0 if case.get("trap") == "hang" else SECONDS)
     found = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     if ended:
         last = found[-1]["entry"] if found else "start"
@@ -114,16 +114,21 @@ def _in_child(case: Mapping[str, Any], place: Path, surroundings: Any, writing: 
         resource.setrlimit(resource.RLIMIT_AS, (_mapped_bytes() + EXTRA_BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (EXTRA_FILE_BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if "trap" in case:
+            targets.TRAPS[case["trap"]]()
         for answer in targets.answers(case["kind"], place / "broken", surroundings, case.get("depth", 0)):
             os.write(writing, (json.dumps(targets.as_json(answer)) + "\n").encode())
+        status = 0
+    except MemoryError:
+        os.write(writing, b'{"entry": "start", "kind": "finding", "what": "MemoryError", "where": "MemoryError"}\n')
         status = 0
     finally:
         os._exit(status)
 
 
-def _collected(reading: int, child: int) -> tuple[str, str]:
+def _collected(reading: int, child: int, seconds: float) -> tuple[str, str]:
     """(what the child wrote, how it was ended where it did not end well)."""
-    until = time.monotonic() + SECONDS
+    until = time.monotonic() + seconds
     parts, is_hung = [], False
     while True:
         ready, _, _ = select.select([reading], [], [], max(0.0, until - time.monotonic()))
@@ -138,7 +143,7 @@ def _collected(reading: int, child: int) -> tuple[str, str]:
     os.close(reading)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if is_hung:
-        return b"".join(parts).decode(), f"no answer in {SECONDS:.0f} s"
+        return b"".join(parts).decode(), f"no answer in {seconds:.0f} s"
     return b"".join(parts).decode(), "" if status == 0 else f"the process ended with {status}"
 
 

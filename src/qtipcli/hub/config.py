@@ -16,6 +16,7 @@ from qtipcli.errors import QtipError
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.quant.transform import Transform
 from qtipcli.registration import METHOD
+from qtipcli.untrusted import is_deep
 from qtipcli_kernels.packing import FORMAT_VERSION
 from qtipcli_kernels.spec import SpecError, TrellisSpec
 
@@ -45,6 +46,8 @@ class QtipConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, /, **fields: Any) -> None:
+        if is_deep(fields):
+            raise QtipError("quantization_config is nested too deeply", "take the original config.json")
         method = fields.pop("quant_method", METHOD)
         if method != METHOD:
             raise QtipError(f"the quantization config is of method {method!r}, not {METHOD!r}", "load it with its own library")

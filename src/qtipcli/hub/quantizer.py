@@ -23,7 +23,7 @@ from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.offload import keep_stored_dtypes
 from qtipcli.hub.tensors import REMEDY, check_tensors
 from qtipcli.nn import fused, plain, swap
-from qtipcli.untrusted import is_inside
+from qtipcli.untrusted import is_inside, refuse_impossible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,11 @@ class QtipHfQuantizer(HfQuantizer):
         remote_code.forget(model.config)
         self.place_modules(model, kwargs.get("checkpoint_files"))
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def update_attn_implementation(self, config: Any, *others: Any) -> Any:
+        """Refuse sizes that no model has before transformers builds one of them; newer versions ask this before they build."""
+        refuse_impossible(config.to_dict(), config.name_or_path)
+        return getattr(super(), "update_attn_implementation", lambda config, *others: config)(config, *others)
 
     def place_modules(self, model: PreTrainedModel, files: Sequence[str | Path] | None) -> None:
         """Swap unfilled packed modules into `model`, which may be on meta, in place.

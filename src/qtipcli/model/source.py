@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 
 from qtipcli.errors import CorruptError, QtipError, SettingsError, first_line, storage_error
 from qtipcli.model.hub_errors import at, hub_errors, near_folder
-from qtipcli.untrusted import is_inside, read_table
+from qtipcli.untrusted import is_inside, read_table, refuse_impossible
 
 AGAIN = "download or export the model again"
 CONFIG_FILE = "config.json"
@@ -118,7 +118,9 @@ class ModelSource:
         tensors: dict[str, StoredTensor] | None = None,
     ) -> ModelSource:
         """As `open`, of a directory that is there. tensors: what its weights are, where only the rest of it is there."""
-        _refuse_quantized(read_table(directory / CONFIG_FILE, AGAIN), name, accepted_method)
+        fields = read_table(directory / CONFIG_FILE, AGAIN)
+        _refuse_quantized(fields, name, accepted_method)
+        refuse_impossible(fields, name)
         config = _load_config(directory, name, trust_remote_code)
         if accepted_method is not None and hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -272,8 +274,10 @@ def _load_config(directory: Path, name: str, trust_remote_code: bool) -> PreTrai
 
 def _refuse_other_tasks(config: PreTrainedConfig, name: str) -> None:
     """Refuses what does not predict the next token from the ones before: encoders, encoder-decoders, classifiers."""
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    stated = list(getattr(config, "architectures", None) or [])
+    auto_map = getattr(config, "auto_map", None)
+    remote = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+    named = getattr(config, "architectures", None)
+    stated = [str(each) for each in named] if isinstance(named, list) else []
     known = remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     generates = remote or any(each.endswith(_GENERATING_CLASSES) for each in stated)
     # A config has `is_decoder` where the family is an encoder unless told otherwise (and in a few old decoder families).

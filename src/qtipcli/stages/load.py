@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import qtipcli  # noqa: F401, registers the format with transformers
 from qtipcli.errors import QtipError, first_line
 from qtipcli.job import launcher
+from qtipcli.untrusted import read_table, refuse_impossible
 
 
 def default_device() -> torch.device:
@@ -61,6 +62,8 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
 
 def _loaded(kind: Any, name_or_path: str | Path, **how: Any) -> Any:
     check_name(name_or_path)
+    if (config := Path(name_or_path) / "config.json").is_file():
+        refuse_impossible(read_table(config, "download or export the model again"), str(name_or_path))
     try:
         return kind.from_pretrained(name_or_path, **how)
     except QtipError:
