@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,3 +23,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 def valid_directories(worker: Worker) -> Path:
     """packed, source, job and adapter; read only."""
     return worker.folder / "valid"
+
+
+@pytest.fixture
+def packed(valid_directories: Path, tmp_path: Path) -> Path:
+    """A packed directory to damage."""
+    return Path(shutil.copytree(valid_directories / "packed", tmp_path / "packed"))

@@ -77,6 +77,7 @@ def _checked(metadata: Any, tensors: Mapping[str, Any]) -> int:
     numbers = [number for tensor in tensors.values() for number in (*tensor["shape"], *tensor["data_offsets"])]
     if not all(type(text) is str for text in texts) or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError
+    "".join([*texts, *tensors]).encode()  # half a character, which JSON can write, is no text
     end = 0
     for first, last in sorted(tuple(tensor["data_offsets"]) for tensor in tensors.values()):
         if first != end or last < first:
