@@ -20,8 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SECONDS = 20.0
-"""That a case may take; a valid directory takes half a second."""
+SECONDS = 20
+"""Of processor time that a case may take; a valid directory takes half a second."""
+
+WAITED_SECONDS = 180.0
+"""That a case may take by the clock, in which other processes may have had the cores."""
 
 EXTRA_BYTES = 2**30
 """That a case may map beside what the process has mapped when it begins; a valid directory of 1 MB takes 0.1 GB."""
@@ -93,7 +96,7 @@ def _tried(case: Mapping[str, Any], contents: Mapping[str, Any], place: Path, su
         os.environ["QTIP_FUZZ_CANARY"] = str(canary)
         _in_child(case, place, surroundings, writing)
     os.close(writing)
-    text, ended = _collected(reading, child, 1.0 if case.get("trap") == "hang" else SECONDS)
+    text, ended = _collected(reading, child, 1.0 if case.get("trap") == "hang" else WAITED_SECONDS)
     found = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     if ended:
         last = found[-1]["entry"] if found else "start"
@@ -114,6 +117,7 @@ def _in_child(case: Mapping[str, Any], place: Path, surroundings: Any, writing: 
         resource.setrlimit(resource.RLIMIT_AS, (_mapped_bytes() + EXTRA_BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (EXTRA_FILE_BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         if "trap" in case:
             targets.TRAPS[case["trap"]]()
         for answer in targets.answers(case["kind"], place / "broken", surroundings, case.get("depth", 0)):
