@@ -118,6 +118,25 @@ def test_scales_that_do_not_fit_are_damage(copy: Path) -> None:  # noqa: F811
         ModelSource.open(copy)
 
 
+@pytest.mark.parametrize(
+    ("values", "scales"),
+    [((16,), (3,)), ((0, 16), (2, 2)), ((4, 4), (4,)), ((2, 4, 4), (3, 4, 1)), ((4, 4), (4, 0))],
+)
+def test_shapes_that_no_scales_have_are_damage(values: tuple[int, ...], scales: tuple[int, ...], copy: Path) -> None:  # noqa: F811
+    tensors = load_file(copy / SINGLE_FILE) | {"w": torch.zeros(values).to(torch.float8_e4m3fn), "w_scale": torch.ones(scales)}
+    save_file(tensors, copy / SINGLE_FILE, {"format": "pt"})
+    with pytest.raises(CorruptError, match="the scales of w are"):
+        ModelSource.open(copy)
+
+
+def test_blocks_of_other_numbers_are_damage(copy: Path) -> None:  # noqa: F811
+    tensors = load_file(copy / SINGLE_FILE) | {"w_blocks": torch.zeros(2, 4, 1, 16), "w_scales": torch.zeros(2, 4, 1)}
+    save_file(tensors, copy / SINGLE_FILE, {"format": "pt"})
+    edit_config(copy, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(CorruptError, match="w_blocks is"):
+        ModelSource.open(copy)
+
+
 def test_fp8_without_scales_is_refused_by_name(copy: Path) -> None:  # noqa: F811
     fp8_copy(copy)
     tensors = load_file(copy / SINGLE_FILE)

@@ -120,15 +120,13 @@ def _scales_of(tensor: str, stored: Mapping[str, Stored], name: str) -> str:
 
 def _fp8_block(tensor: str, shape: tuple[int, ...], scales: tuple[int, ...], stated: object, name: str) -> tuple[int, int]:
     """Rows and columns that share a scale: all, those of a row, or those of a block of the stated size."""
-    sizes = list(shape[-2:])
     if math.prod(scales) == 1:
-        return sizes[0], sizes[-1]
-    if isinstance(stated, list) and len(stated) == 2 and all(isinstance(size, int) and size > 0 for size in stated):
-        blocks = [tuple(stated)]
-    else:
-        blocks = []
-    for rows, columns in (*blocks, (1, sizes[-1])):
-        if list(scales) == [*shape[:-2], math.ceil(sizes[0] / rows), math.ceil(sizes[-1] / columns)]:
+        return 1, 1
+    blocks = [(1, shape[-1])] if len(shape) >= 2 and min(shape) > 0 else []
+    if blocks and isinstance(stated, list) and len(stated) == 2 and all(type(size) is int and size > 0 for size in stated):
+        blocks.insert(0, (stated[0], stated[1]))
+    for rows, columns in blocks:
+        if list(scales) == [*shape[:-2], math.ceil(shape[-2] / rows), math.ceil(shape[-1] / columns)]:
             return rows, columns
     raise CorruptError(
         f"{name}: the scales of {tensor} are {list(scales)}, its own shape {list(shape)}", "download the model again"
@@ -137,7 +135,8 @@ def _fp8_block(tensor: str, shape: tuple[int, ...], scales: tuple[int, ...], sta
 
 def _mxfp4_shape(tensor: str, blocks: Stored, scales: Stored, name: str) -> tuple[int, ...]:
     """[E, O, I / 32, 16] bytes -> [E, I, O]: gpt-oss multiplies by its experts from the right."""
-    if len(blocks.shape) < 3 or blocks.shape[-1] != 16 or tuple(blocks.shape[:-1]) != tuple(scales.shape):
+    fits = len(blocks.shape) >= 3 and blocks.shape[-1] == 16 and tuple(blocks.shape[:-1]) == tuple(scales.shape)
+    if not fits or blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise CorruptError(
             f"{name}: {tensor} is {list(blocks.shape)} and its scales are {list(scales.shape)}", "download the model again"
         )
