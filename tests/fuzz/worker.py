@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         command = [sys.executable, "-m", "fuzz.worker", str(folder)]
-        environment = os.environ | ONE_THREAD | QUIET
+        environment = os.environ | ONE_THREAD | QUIET | {"PYTHONPATH": os.pathsep.join(sys.path)}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
         self._answer()
 

@@ -18,6 +18,7 @@ from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError
 from qtipcli.hub.config import METHOD
 from qtipcli.hub.quantizer import QtipHfQuantizer
+from qtipcli.model import dequantized
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import AGAIN, CONFIG_FILE, ModelSource
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, Logits, ModelLogits, check_fits, device_name
@@ -95,7 +96,8 @@ def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code
     """
     source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
     device, chosen = default_device(), computing_dtype(source.config, dtype)
-    if read_table(source.directory / CONFIG_FILE, AGAIN).get("quantization_config") is None:
+    fields = read_table(source.directory / CONFIG_FILE, AGAIN)
+    if fields.get("quantization_config") is None or dequantized.is_one(fields):
         return Skeleton(source, chosen, device)
     quantizer = QtipHfQuantizer(read_config(source.directory))
     return Skeleton(source, chosen, device, lambda model: quantizer.place_modules(model, source.shards))
