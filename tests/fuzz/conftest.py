@@ -14,6 +14,7 @@ from fuzz.worker import Worker
 @pytest.fixture(scope="session")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """The process that tries cases, with valid directories beside."""
+    pytest.importorskip("peft")
     started = Worker(tmp_path_factory.mktemp("fuzz"))
     yield started
     started.close()

@@ -15,7 +15,7 @@ from fuzz import strategies, valid
 from fuzz.targets import FINDING, LOADED, REFUSED
 from fuzz.worker import Worker
 
-EXAMPLES = {"packed": 50, "source": 30, "job": 30, "adapter": 10}
+EXAMPLES = {"packed": 40, "source": 30, "job": 30, "adapter": 10}
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.json"))
 
 
