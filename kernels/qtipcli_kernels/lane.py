@@ -1,19 +1,17 @@
-"""Owns the PTX with which one lane of an NVIDIA GPU decodes its eight weights of a tile and multiplies them.
+"""Owns the PTX with which one lane of an NVIDIA GPU decodes its eight weights of a tile.
 
 A tile's walk follows the A operand of `mma.m16n8k16` (packing.WALK_TO_TILE), so lane i owns weights 8 i .. 8 i + 7 of the walk
 and needs nothing from its neighbours but the words where their bits meet. PTX, because what decides the speed cannot be said in
 Triton: packed fp16, byte sums (`dp4a`), a table in shared memory that lanes address themselves, and the matrix instruction on
-registers as they are. Every text below takes one value a thread; kernels put it into `tl.inline_asm_elementwise`.
+registers as they are. Every text takes one value a thread; kernels put it into `tl.inline_asm_elementwise`.
 
 Source of the instructions' semantics: PTX ISA 8.5. Letters: L state bits, kV bits a step, V weights a step.
 """
 
 from dataclasses import dataclass
 
-import torch
-
 from qtipcli_kernels import codes
-from qtipcli_kernels.spec import HYB_INDEX_BITS, TILE, TILE_WEIGHTS, WORD_BITS, SpecError, TrellisSpec
+from qtipcli_kernels.spec import HYB_INDEX_BITS, TILE_WEIGHTS, WORD_BITS, SpecError, TrellisSpec
 
 WARP = 32
 LANE_WEIGHTS = TILE_WEIGHTS // WARP
@@ -58,12 +56,6 @@ SMALL_TABLE = _DeclaredTable(16, "qtip_lut")
 WIDE_TABLE = Table(32, "global_smem")
 """In the shared memory that Triton asks for at a launch, under Triton's name: the kernel must have made it 64 KiB."""
 
-SUMS_SYMBOL = "qtip_sums"
-
-FRAGMENT_INPUTS = 2 * TILE
-FRAGMENT_BYTES = 2 * FRAGMENT_INPUTS
-"""Inputs of a row of x whose order `fragments` changes among themselves, those of two tiles, and their bytes."""
-
 FP16_OF_1024 = 0x6400
 """fp16's bits of 1024: adding an integer below 1024 to them adds it to the value."""
 
@@ -72,18 +64,6 @@ BYTE_SUM_OFFSET = 0xE5FE_E5FE
 
 MAX_WORDS = 3
 """Most words that a lane's bits lie in, over every spec there is."""
-
-WARP_ROWS = 2
-"""Rows of tiles that a warp multiplies side by side: they share the loads of x."""
-
-WARP_PARTS = 4
-"""Warps of a program that share rows of tiles and divide their inputs: what is left to add up afterwards is so much less."""
-
-ACCUMULATORS = 8 * WARP_ROWS
-"""float32 registers a lane adds up in: four for a row of tiles and eight rows of x, of which there are up to sixteen."""
-
-# "&": an output must not share a register with an operand that a later instruction of the text still reads.
-MULTIPLY_CONSTRAINTS = ",".join(["=&f"] * ACCUMULATORS + ["l"] * (MAX_WORDS + 1) + ["r"] * 2 + ["l"] * 2 + ["r"] * 5)
 
 UNIT = {"1mad": codes.BYTE_SUM_INVERSE_DEVIATION, "mul1": codes.BYTE_SUM_INVERSE_DEVIATION}
 """What one unit of a decoded fp16 stands for, where it is not 1: byte sums stay integers, which fp16 holds exactly."""
@@ -110,171 +90,7 @@ def words_read(spec: TrellisSpec) -> int:
     return -(-(max(offsets) + span(spec)) // WORD_BITS)
 
 
-def multiply(spec: TrellisSpec, columns: int, tiles: int, warps: int, table: Table = SMALL_TABLE) -> str:
-    """The text of the whole loop: load tiles of WARP_ROWS rows, decode them, multiply them with 8 or 16 `columns`, rows of x.
-
-    `tiles` (even) of each row are a trip. What a trip reads is loaded by the one before it, each word as soon as the register
-    that held the last one is free: an assembler that is given all loads at once moves each to just before its use, and lanes
-    wait (measured on an H200, docs/benchmarks/kernels.md).
-
-    `MULTIPLY_CONSTRAINTS` are its operands. Out: the accumulators, eight for each row of tiles, of which four are for every
-    eight columns. In: `MAX_WORDS` addresses of the lane's words in the first tile, of which `words_read` are read; the bytes
-    from a row of tiles to the next; the lane's bit offset in the first word; the byte offset of the lane's copy of the table;
-    the address of its part of x (`fragments`) for either eight columns, and whether there are such rows of x; the number of
-    trips; the tiles that remain after them; the number of the thread among those of its `warps` warps. WARP_PARTS neighbouring
-    warps have parts of the same rows: in the end each has the sum of all.
-    """
-    if tiles % 2:
-        raise ValueError(f"a trip of {tiles} tiles: x is read for two at a time")
-    loop = _Loop(spec, columns, table)
-    loop.trips(tiles)
-    loop.rest()
-    loop.add_parts(warps)
-    return loop.text.block()
-
-
-def fragments(x_BI: torch.Tensor) -> torch.Tensor:
-    """Rows of x in the order in which lanes read them: [B, I] -> [B, I rounded up to 32].
-
-    The B operand of lane 4 g + c has inputs 2c, 2c + 1, 2c + 8 and 2c + 9 of a tile; those of two neighbouring tiles follow one
-    another, the 16 bytes that a lane loads at once. Of an odd number of tiles the last one's are eight apart; what lies between
-    is never read.
-    """
-    missing = -x_BI.shape[1] % FRAGMENT_INPUTS
-    padded = torch.nn.functional.pad(x_BI, (0, missing)) if missing else x_BI
-    halves = padded.reshape(len(x_BI), -1, 2, 2, 4, 2)  # [row, pair of tiles, tile, half, c, parity]
-    return halves.permute(0, 1, 4, 2, 3, 5).reshape(padded.shape)
-
-
-class _Loop:
-    """The parts of `multiply`'s text. Registers that trips hand to one another are written in place."""
-
-    def __init__(self, spec: TrellisSpec, columns: int, table: Table) -> None:
-        self.text = text = _Text()
-        self._spec, self._layout, groups = spec, table, columns // 8
-        operands = [f"${number}" for number in range(ACCUMULATORS + MAX_WORDS + 10)]
-        sums, words, rest = (operands[:ACCUMULATORS], operands[ACCUMULATORS:][:MAX_WORDS], operands[ACCUMULATORS + MAX_WORDS :])
-        row_bytes, self._offset, self._copy, *rest = rest
-        x, there, (self._trips, self._rest, self._thread) = rest[:2], rest[2:4], rest[4:]
-        for total in sums:
-            text.add(f"mov.f32 {total}, 0f00000000")
-        self._sums = [[sums[8 * row + 4 * group :][:4] for group in range(groups)] for row in range(WARP_ROWS)]
-        self._words = [[text.copy(address, "d") for address in words[: words_read(spec)]]]
-        for _ in range(1, WARP_ROWS):
-            self._words.append([text.result("add.s64", address, row_bytes, kind="d") for address in self._words[-1]])
-        self._x = [text.copy(address, "d") for address in x[:groups]]
-        self._there = [text.predicate("ne", operand, 0) for operand in there[:groups]]
-
-    def trips(self, tiles: int) -> None:
-        """As many trips of `tiles` tiles as are asked for."""
-        text, size = self.text, self._spec.words_per_tile * 4
-        left = self._of_the_warp(self._trips)
-        words = [[[text.register() for _ in row] for row in self._words] for _ in range(tiles)]
-        x = [[[text.zero() for _ in range(4)] for _ in self._x] for _ in range(tiles // 2)]
-        more = text.predicate("gt", left, 0)
-        see = [text.both(more, there) for there in self._there]
-        for tile in range(tiles):
-            for row in range(WARP_ROWS):
-                self._load(more, row, words[tile][row], tile * size)
-        for pair in range(tiles // 2):
-            self._load_x(see, x[pair], pair * FRAGMENT_BYTES)
-        text.add(f"@!{more} bra.uni END")
-        text.label("TRIP")
-        text.add(f"setp.gt.s32 {more}, {left}, 1")
-        for register, there in zip(see, self._there, strict=True):
-            text.add(f"and.pred {register}, {more}, {there}")
-        text.add(f"sub.s32 {left}, {left}, 1")
-        self._advance(tiles * size, tiles // 2 * FRAGMENT_BYTES)
-        for tile in range(tiles):
-            for row in range(WARP_ROWS):
-                held = words[tile][row]
-                aligned = _aligned(text, self._spec, held, self._offset)
-                if aligned is not held:
-                    self._load(more, row, held, tile * size)
-                weights = _decode(text, self._spec, aligned, self._layout, self._copy)
-                if aligned is held:
-                    self._load(more, row, held, tile * size)
-                self._multiply(row, weights, [part[tile % 2 * 2 :][:2] for part in x[tile // 2]])
-            if tile % 2:
-                self._load_x(see, x[tile // 2], tile // 2 * FRAGMENT_BYTES)
-        text.add(f"@{more} bra.uni TRIP")
-        text.label("END")
-
-    def rest(self) -> None:
-        """One tile of each row after the other."""
-        text = self.text
-        left, step = self._of_the_warp(self._rest), text.copy("8", "d")
-        some = text.predicate("gt", left, 0)
-        text.add(f"@!{some} bra.uni DONE")
-        text.label("TILE")
-        x = [[text.zero() for _ in range(2)] for _ in self._x]
-        for registers, address, there in zip(x, self._x, self._there, strict=True):
-            text.add(f"@{there} ld.global.nc.v2.b32 {{{', '.join(registers)}}}, [{address}]")
-        for row, addresses in enumerate(self._words):
-            words = [text.register() for _ in addresses]
-            self._load(None, row, words, 0)
-            weights = _decode(text, self._spec, _aligned(text, self._spec, words, self._offset), self._layout, self._copy)
-            self._multiply(row, weights, x)
-        text.add(f"sub.s32 {left}, {left}, 1")
-        self._advance(self._spec.words_per_tile * 4, step)
-        text.add(f"sub.s64 {step}, {FRAGMENT_BYTES}, {step}")  # to the tile beside it, then to the next pair
-        text.add(f"setp.gt.s32 {some}, {left}, 0")
-        text.add(f"@{some} bra.uni TILE")
-        text.label("DONE")
-
-    def _of_the_warp(self, operand: str) -> str:
-        """A new register with a number that all lanes have. From lane 0, so that the assembler knows it too: in a loop that
-        lanes may leave one by one it would add the table's address to each place."""
-        return self.text.result("shfl.sync.idx.b32", operand, 0, 31, "0xffffffff")
-
-    def add_parts(self, warps: int) -> None:
-        """Through shared memory, in the order of the inputs."""
-        text, sums = self.text, [four for row in self._sums for four in row]
-        bytes_a_slice = warps * WARP * 16  # four sums of every thread side by side, so that no two threads share a bank
-        if self._spec.weights_per_step == 2:
-            symbol = (
-                self._layout.symbol
-            )  # in the table's place: of two arrays, neither would begin where instructions can say it
-            text.add("bar.sync 0")
-        else:
-            symbol = SUMS_SYMBOL
-            text.add(f".shared .align 16 .b8 {symbol}[{len(sums) * bytes_a_slice}]")
-        base = text.result("mov.u32", symbol)
-        mine = text.result("add.u32", text.result("shl.b32", self._thread, 4), base)
-        for number, four in enumerate(sums):
-            text.add(f"st.shared.v4.f32 [{mine} + {number * bytes_a_slice}], {{{', '.join(four)}}}")
-        text.add("bar.sync 0")
-        first = text.result("and.b32", text.result("shl.b32", self._thread, 4), ~(WARP * (WARP_PARTS - 1) * 16))
-        first = text.result("add.u32", first, base)
-        for part in range(WARP_PARTS):
-            for number, four in enumerate(sums):
-                more = [text.register("f") for _ in four] if part else four
-                place = number * bytes_a_slice + part * WARP * 16
-                text.add(f"ld.shared.v4.f32 {{{', '.join(more)}}}, [{first} + {place}]")
-                for total, term in zip(four if part else [], more, strict=False):
-                    text.add(f"add.f32 {total}, {total}, {term}")
-
-    def _load(self, predicate: str | None, row: int, registers: list[str], offset: int) -> None:
-        """The lane's words of a tile, which no kernel writes while this one runs."""
-        for register, address in zip(registers, self._words[row], strict=True):
-            self.text.add(f"{f'@{predicate} ' if predicate else ''}ld.global.nc.b32 {register}, [{address} + {offset}]")
-
-    def _load_x(self, predicates: list[str], registers: list[list[str]], offset: int) -> None:
-        """The lane's part of x for a pair of tiles; zeros stay where there is no such row."""
-        for four, address, predicate in zip(registers, self._x, predicates, strict=True):
-            self.text.add(f"@{predicate} ld.global.nc.v4.b32 {{{', '.join(four)}}}, [{address} + {offset}]")
-
-    def _advance(self, words: int, x: int | str) -> None:
-        for address, step in [(a, words) for row in self._words for a in row] + [(a, x) for a in self._x]:
-            self.text.add(f"add.s64 {address}, {address}, {step}")
-
-    def _multiply(self, row: int, weights: list[str], x: list[list[str]]) -> None:
-        for sums, part in zip(self._sums[row], x, strict=True):
-            lists = ", ".join(f"{{{', '.join(each)}}}" for each in (sums, weights, part, sums))
-            self.text.add(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {lists}")
-
-
-class _Text:
+class Text:
     """Lines of PTX and the registers that they use, in a scope of their own."""
 
     _KINDS = {"r": "b32", "f": "f32", "h": "b16", "d": "b64", "p": "pred"}  # noqa: RUF012
@@ -323,7 +139,7 @@ class _Text:
         return "\n".join(["{", declared, *self._lines, "}"])
 
 
-def _decode(text: _Text, spec: TrellisSpec, aligned: list[str], table: Table, copy: str) -> list[str]:
+def decode(text: Text, spec: TrellisSpec, aligned: list[str], table: Table, copy: str) -> list[str]:
     """The lane's eight weights as four registers of two fp16, in units of `UNIT`.
 
     aligned: its bits, from `_aligned`. copy: the byte offset of its copy of the table.
@@ -342,7 +158,7 @@ def _decode(text: _Text, spec: TrellisSpec, aligned: list[str], table: Table, co
     return [text.result("mov.b32", f"{{{low}, {high}}}") for low, high in zip(sums[::2], sums[1::2], strict=True)]
 
 
-def _aligned(text: _Text, spec: TrellisSpec, words: list[str], offset: str) -> list[str]:
+def aligned(text: Text, spec: TrellisSpec, words: list[str], offset: str) -> list[str]:
     """Registers that hold the lane's bits from the first one on, most significant bit first."""
     if lane_bits(spec) % WORD_BITS == 0:
         return words
@@ -355,7 +171,7 @@ def _aligned(text: _Text, spec: TrellisSpec, words: list[str], offset: str) -> l
     return aligned
 
 
-def _states(text: _Text, spec: TrellisSpec, aligned: list[str]) -> list[str]:
+def _states(text: Text, spec: TrellisSpec, aligned: list[str]) -> list[str]:
     """The lane's states. Bits above the L-th are those of the ring where the code does not see them, else 0."""
     shifted: dict[tuple[int, int], str] = {(index, 0): register for index, register in enumerate(aligned)}
     bits = spec.state_bits
@@ -380,14 +196,14 @@ def _states(text: _Text, spec: TrellisSpec, aligned: list[str]) -> list[str]:
     return states
 
 
-def _ending_at(text: _Text, aligned: list[str], index: int, end: int) -> str:
+def _ending_at(text: Text, aligned: list[str], index: int, end: int) -> str:
     """Bits up to the `end`-th from the start of word `index`, in the low end of a register."""
     if end <= WORD_BITS:
         return text.result("shr.u32", aligned[index], WORD_BITS - end) if end < WORD_BITS else aligned[index]
     return text.result("shf.r.wrap.b32", aligned[index + 1], aligned[index], 2 * WORD_BITS - end)
 
 
-def _byte_sum(text: _Text, spec: TrellisSpec, state: str) -> str:
+def _byte_sum(text: Text, spec: TrellisSpec, state: str) -> str:
     if spec.code == "1mad":
         x = text.result("mad.lo.u32", state, codes.ONE_MAD_MULTIPLIER, codes.ONE_MAD_INCREMENT)
     else:
@@ -395,7 +211,7 @@ def _byte_sum(text: _Text, spec: TrellisSpec, state: str) -> str:
     return text.result("dp4a.u32.u32", x, "0x01010101", f"{FP16_OF_1024:#x}")
 
 
-def _half_pair(text: _Text, spec: TrellisSpec, state: str) -> str:
+def _half_pair(text: Text, spec: TrellisSpec, state: str) -> str:
     if spec.code == "3inst":
         x = text.result("mad.lo.u32", state, codes.THREE_INST_MULTIPLIER, codes.THREE_INST_INCREMENT)
     else:
@@ -405,14 +221,14 @@ def _half_pair(text: _Text, spec: TrellisSpec, state: str) -> str:
     )
 
 
-def _half_sum(text: _Text, pair: str) -> str:
+def _half_sum(text: Text, pair: str) -> str:
     """The sum of two fp16 in one register: one instruction, which takes its operands from either half as they lie."""
     low, high = text.register("h"), text.register("h")
     text.add(f"mov.b32 {{{low}, {high}}}, {pair}")
     return text.result("add.rn.f16", high, low, kind="h")
 
 
-def _hybrid(text: _Text, spec: TrellisSpec, state: str, table: Table, copy: str) -> str:
+def _hybrid(text: Text, spec: TrellisSpec, state: str, table: Table, copy: str) -> str:
     h = text.result("mad.lo.u32", state, state, state)
     # Bits 15 - Q .. 14 of h choose the entry, and where they stand they count 64 bytes.
     index_mask = f"{((1 << HYB_INDEX_BITS) - 1) << (15 - HYB_INDEX_BITS):#x}"

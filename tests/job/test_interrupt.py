@@ -146,7 +146,7 @@ def test_an_error_that_native_code_makes_of_a_ctrl_c_is_put_into_words(signals: 
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(StoppedError, match="stopped by Ctrl-C; what is finished is kept"), stopping_in_words():
+        with pytest.raises(StoppedError, match="stopped by Ctrl-C; a job keeps what is finished"), stopping_in_words():
             if signals == 1:
                 native()
             with interruptible(notice=False):

@@ -132,6 +132,6 @@ def test_ctrl_c_outside_a_safe_point_is_put_into_words(
     stopped = qtip("pack", tiny_model, job, "--out", "out")
     assert stopped.status == 130
     assert stopped.err.splitlines()[-2:] == [
-        "qtip: stopped by Ctrl-C; what is finished is kept",
-        "  hint: give the same command again to go on",
+        "qtip: stopped by Ctrl-C; a job keeps what is finished",
+        "  hint: the same command goes on with it",
     ]

@@ -361,7 +361,7 @@ def _power(biased):
 
 @triton.jit
 def _place(column, FRAGMENTS: tl.constexpr):
-    """Where a column of y lies: its own place, or that in the order of lane.fragments, which takes the bits
+    """Where a column of y lies: its own place, or that in the order of fragments.py, which takes the bits
     (tile, half, c, c, parity) of its place among 32 to (c, c, tile, half, parity)."""
     if FRAGMENTS:
         column = (column & ~30) | ((column & 6) << 2) | ((column & 24) >> 2)

@@ -19,10 +19,10 @@ import torch
 import triton
 
 from qtipcli_kernels import device
+from qtipcli_kernels.fragments import FRAGMENT_INPUTS
 from qtipcli_kernels.hadamard.butterflies import GUARD_BITS, dense_kernel, sylvester_kernel
 from qtipcli_kernels.hadamard.factor import factor
 from qtipcli_kernels.hadamard.reference import check_block
-from qtipcli_kernels.lane import FRAGMENT_INPUTS
 from qtipcli_kernels.spec import SpecError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def rotate_in(
     Schwarz), and fp16 has its 11 bits down to N 2^-28 of that mean. A row of zeros has row_scale 1, and one with a NaN or an
     infinity, which shows in `rotated`. Rows of values below 1e-30 lose precision to float32's denormal numbers.
 
-    x_BI: fp16, bf16 or float32 [B, I]. scale_in_I: fp16 [I]. fragments: rotated comes in the order of `lane.fragments`, [B,
+    x_BI: fp16, bf16 or float32 [B, I]. scale_in_I: fp16 [I]. fragments: rotated comes in that order (fragments.py), [B,
     padded rounded up to 32], what is never read unwritten. Raises DeviceError, SpecError.
     """
     device.check(x=x_BI, scale_in=scale_in_I)
@@ -102,7 +102,8 @@ def rotate_out(
     row_scale_B: float32 [B], 1 where None. scale_out_O: floating [O]; bias_O: floating [O]. Raises DeviceError, SpecError.
     """
     first, count = (0, partial_SBN.shape[-1]) if columns is None else columns
-    return rotate_out_group(partial_SBN, row_scale_B, [(first, count, block, scale_out_O, bias_O)], dtype)[0]
+    y = rotate_out_group(partial_SBN, row_scale_B, [(first, count, block, scale_out_O, bias_O)], dtype)
+    return y.view(partial_SBN.shape[1], len(scale_out_O))
 
 
 Layer = tuple[int, int, int, torch.Tensor, torch.Tensor | None]
@@ -111,29 +112,44 @@ Layer = tuple[int, int, int, torch.Tensor, torch.Tensor | None]
 
 def rotate_out_group(
     partial_SBN: torch.Tensor, row_scale_B: torch.Tensor | None, layers: list[Layer], dtype: torch.dtype
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """`rotate_out` for each of several layers, in one launch for up to three that agree in count, block, outputs and dtypes.
 
-    So gate and up take one launch; q, k and v take two where q is wider. Returns their y_BO, views of one tensor a launch.
-    Raises DeviceError, SpecError.
+    So gate and up take one launch; q, k and v take two where q is wider. Returns their y_BO one behind the other, in one
+    dimension: a custom op may not return tensors that share memory. Raises DeviceError, SpecError.
     """
-    y: dict[int, torch.Tensor] = {}
+    rows = partial_SBN.shape[1]
+    starts, end = [], 0
     alike: dict[tuple, list[int]] = {}
     for number, layer in enumerate(layers):
         _check_layer(partial_SBN, row_scale_B, layer)
         _, count, block, scale_out, bias = layer
         kind = count, block, scale_out.shape, scale_out.dtype, None if bias is None else bias.dtype
         alike.setdefault(kind, []).append(number)
-    for (count, block, shape, *_), numbers in alike.items():
-        for start in range(0, len(numbers), LAYERS):
-            some = numbers[start : start + LAYERS]
-            y_LBO = partial_SBN.new_empty((len(some), partial_SBN.shape[1], *shape), dtype=dtype)
+        starts.append(end)
+        end += rows * len(scale_out)
+    y = partial_SBN.new_empty(end, dtype=dtype)
+    for (count, block, (outputs,), *_), numbers in alike.items():
+        for some in _evenly_spaced(numbers, starts):
+            apart = starts[some[1]] - starts[some[0]] if len(some) > 1 else 0
+            y_LBO = y.as_strided((len(some), rows, outputs), (apart, outputs, 1), starts[some[0]])
             firsts, _, _, scales_out, biases = zip(*(layers[number] for number in some), strict=True)
             x_SBN = partial_SBN[..., firsts[0] : firsts[0] + count]
             offsets = [first - firsts[0] for first in firsts]
             _launch(x_SBN, y_LBO, block, True, row_scale_B, offsets, scales_out=scales_out, biases=biases)
-            y |= zip(some, y_LBO, strict=True)
-    return [y[number] for number in range(len(layers))]
+    return y
+
+
+def _evenly_spaced(numbers: list[int], starts: list[int]) -> Iterator[list[int]]:
+    """The layers, up to LAYERS at a time, whose places in y lie as far apart as those of the first two of them."""
+    some = numbers[:1]
+    for number in numbers[1:]:
+        fits = len(some) == 1 or starts[number] - starts[some[-1]] == starts[some[1]] - starts[some[0]]
+        if len(some) == LAYERS or not fits:
+            yield some
+            some = []
+        some.append(number)
+    yield some
 
 
 def _check_layer(partial_SBN: torch.Tensor, row_scale_B: torch.Tensor | None, layer: Layer) -> None:
@@ -234,7 +250,7 @@ def _launch(
 ) -> None:
     """Fill y_LBO for L layers, whose columns lie `offsets` from x_SBN's; and row_scale where there is a scale_in.
 
-    y_LBO: rows may be parts of wider ones. fragments: its columns in the order of `lane.fragments`.
+    y_LBO: rows may be parts of wider ones. fragments: its columns in the order of `fragments.fragments`.
     """
     layers, rows, outputs = y_LBO.shape
     if y_LBO.numel() == 0:

@@ -16,14 +16,15 @@ import triton.language as tl
 
 from qtipcli_kernels import device, lane, portable
 from qtipcli_kernels.compiling import CompileCase
+from qtipcli_kernels.fragments import FRAGMENT_INPUTS, fragments
+from qtipcli_kernels.matvec import loop
 from qtipcli_kernels.spec import TILE, SpecError, TrellisSpec
 
 MAX_ROWS = 16
 """Most rows of x that one launch multiplies: two matrix instructions of eight columns."""
 
 WARPS, WIDE_WARPS = 8, 16
-"""Warps a program, each with rows of tiles of its own; they share a table, whose copying they share too. There is room for
-fewer programs with the wide table."""
+"""Warps a program, which share a table and its copying. There is room for fewer programs with the wide table."""
 
 WIDE_SHARED_BYTES = 2 * (65 << 10)
 """Shared memory of a multiprocessor from which on two programs with the wide table have room: sm_80, 90 and 100."""
@@ -37,13 +38,16 @@ WARPS_WANTED = 6144
 MIN_CHUNK = 16
 """Fewest tiles along the inputs that a warp is given: below, its start costs more than its work."""
 
+PTX, PORTABLE = "ptx", "triton"
+"""The kernels' names."""
+
 PORTABLE_TILES, PORTABLE_WARPS = 2, 4
 """Tiles that a program of the portable kernel takes side by side, and its warps: 64 sums a thread at sixteen rows."""
 
 
 @triton.jit
 def _nvidia_kernel(
-    x_ptr,  # float16 [B, I rounded up to 32], in the order of lane.fragments
+    x_ptr,  # float16 [B, I rounded up to 32], in the order of fragments.py
     trellis_ptr,  # uint32 [O/16, I/16 * WORDS]
     lut_ptr,  # uint32 [512], fp16 pairs; anything where HAS_TABLE is false
     partial_ptr,  # float32 [S, B, O]
@@ -202,7 +206,7 @@ def kernel(spec: TrellisSpec, x: torch.Tensor, lut: torch.Tensor | None = None, 
     """Which kernel multiplies a packed matrix of `spec` by `x`, or by rows of `dtype` where x lies: "ptx" or "triton"."""
     half = (dtype or x.dtype) == torch.float16 and (lut is None or lut.dtype == torch.float16)
     nvidia = x.is_cuda and torch.version.hip is None
-    return "ptx" if half and nvidia and lane.served(spec) else "triton"
+    return PTX if half and nvidia and lane.served(spec) else PORTABLE
 
 
 def partial_products(
@@ -215,7 +219,7 @@ def partial_products(
     """x W^T in parts, float32 [S, B, O]: their sum over S is the product.
 
     x_BI: float16 or float32 [B, I], at most `MAX_ROWS` rows, on a GPU; accumulated in float32. in_fragments: it already has the
-    order of `lane.fragments`, which the kernel "ptx" reads. trellis: int32 [O/16, I/16 * W]. lut: the code's table, its default
+    order of `fragments`, which the kernel "ptx" reads. trellis: int32 [O/16, I/16 * W]. lut: the code's table, its default
     where None. S depends on O and I alone. Raises DeviceError, SpecError.
     """
     device.check(x=x_BI, trellis=trellis, lut=lut)
@@ -224,27 +228,27 @@ def partial_products(
         raise SpecError(f"x is {x_BI.dtype} with {batch} rows: the kernels multiply 1 to {MAX_ROWS} rows of float16 or float32")
     tile_rows, tile_columns = len(trellis), trellis.shape[1] // spec.words_per_tile
     chosen = kernel(spec, x_BI, lut)
-    if in_fragments and chosen != "ptx":
+    if in_fragments and chosen != PTX:
         raise SpecError(f"rows of x are in fragments: the kernel for {x_BI.dtype} and code {spec.code} reads them as they are")
-    if inputs != (-(-tile_columns // 2) * lane.FRAGMENT_INPUTS if in_fragments else tile_columns * TILE):
+    if inputs != (-(-tile_columns // 2) * FRAGMENT_INPUTS if in_fragments else tile_columns * TILE):
         raise SpecError(f"x has {inputs} columns: this packed matrix multiplies {tile_columns * TILE}")
     chunk = chunk_of(tile_rows, tile_columns)
-    splits = triton.cdiv(tile_columns, chunk * lane.WARP_PARTS)
+    splits = triton.cdiv(tile_columns, chunk * loop.WARP_PARTS)
     partial_SBO = x_BI.new_empty((splits, batch, tile_rows * TILE), dtype=torch.float32)
     if partial_SBO.numel() == 0:
         return partial_SBO
     table = portable.lut_for(spec, lut, trellis)
     words = trellis.contiguous().view(torch.uint32)
-    if chosen == "ptx":
+    if chosen == PTX:
         arguments = nvidia_arguments(spec, batch, _has_wide_table(x_BI.device))
-        programs = triton.cdiv(tile_rows, arguments["WARPS"] // lane.WARP_PARTS * lane.WARP_ROWS)
-        x = (x_BI if in_fragments else lane.fragments(x_BI)).contiguous()
+        programs = triton.cdiv(tile_rows, arguments["WARPS"] // loop.WARP_PARTS * loop.WARP_ROWS)
+        x = (x_BI if in_fragments else fragments(x_BI)).contiguous()
         operands = (x, words, table.view(torch.uint32), partial_SBO, tile_rows, tile_columns, chunk, batch)
         _nvidia_kernel[(programs, splits)](*operands, lane.UNIT.get(spec.code, 1.0), **arguments, num_warps=arguments["WARPS"])
     else:
         rows = triton.next_power_of_2(batch)
         decoder = astuple(portable.Decoder.of(spec))
-        operands = (x_BI.contiguous(), words, table, partial_SBO, tile_rows, tile_columns, chunk * lane.WARP_PARTS, batch)
+        operands = (x_BI.contiguous(), words, table, partial_SBO, tile_rows, tile_columns, chunk * loop.WARP_PARTS, batch)
         _portable_kernel[(tile_rows, splits)](*operands, *decoder, rows, PORTABLE_TILES, num_warps=PORTABLE_WARPS)
     return partial_SBO
 
@@ -256,9 +260,9 @@ def matvec(x_BI: torch.Tensor, trellis: torch.Tensor, spec: TrellisSpec, lut: to
 
 def chunk_of(tile_rows: int, tile_columns: int) -> int:
     """Tiles along the inputs that a warp takes: enough warps for a large GPU, whole trips of the loop."""
-    warps = triton.cdiv(tile_rows, lane.WARP_ROWS) * lane.WARP_PARTS
-    splits = min(triton.cdiv(WARPS_WANTED, warps), max(1, tile_columns // (MIN_CHUNK * lane.WARP_PARTS)))
-    return triton.cdiv(triton.cdiv(tile_columns, splits * lane.WARP_PARTS), UNROLL) * UNROLL
+    warps = triton.cdiv(tile_rows, loop.WARP_ROWS) * loop.WARP_PARTS
+    splits = min(triton.cdiv(WARPS_WANTED, warps), max(1, tile_columns // (MIN_CHUNK * loop.WARP_PARTS)))
+    return triton.cdiv(triton.cdiv(tile_columns, splits * loop.WARP_PARTS), UNROLL) * UNROLL
 
 
 @lru_cache(maxsize=16)
@@ -276,8 +280,8 @@ def nvidia_arguments(spec: TrellisSpec, batch: int, wide: bool = False) -> dict[
     wide = wide and has_table and columns == 8
     table, warps = (lane.WIDE_TABLE, WIDE_WARPS) if wide else (lane.SMALL_TABLE, WARPS)
     return {
-        "MULTIPLY": lane.multiply(spec, columns, UNROLL, warps, table),
-        "OPERANDS": lane.MULTIPLY_CONSTRAINTS,
+        "MULTIPLY": loop.multiply(spec, columns, UNROLL, warps, table),
+        "OPERANDS": loop.MULTIPLY_CONSTRAINTS,
         "FIND": table.find(),
         "STORE": table.store(),
         "COPIES": table.copies if has_table else 0,
@@ -307,7 +311,7 @@ def compile_cases() -> Iterator[CompileCase]:
             arguments,
             arguments["WARPS"],
             divisible=pointers,
-            weights_per_thread=UNROLL * lane.WARP_ROWS * lane.LANE_WEIGHTS,
+            weights_per_thread=UNROLL * loop.WARP_ROWS * lane.LANE_WEIGHTS,
             nvidia_only=True,
         )
     for code, batch in (("3inst", 1), ("hyb", 16)):

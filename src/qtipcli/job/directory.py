@@ -29,6 +29,7 @@ from qtipcli.job.ledger import Entry, Ledger, shard_name
 from qtipcli.job.lock import Lock
 from qtipcli.job.record import checksum, differences, encode, normalized
 from qtipcli.job.shards import check_shard, open_shard, read_shard, write_shard
+from qtipcli.untrusted import open_regular, parse_json
 
 _JOB, _LEDGER, _LOCK = "job.json", "ledger.jsonl", "lock"
 _JOB_FIELDS = {"qtip", "stage", "settings", "fingerprint", "created"}
@@ -300,24 +301,29 @@ def _read_job(path: Path) -> dict[str, Any] | None:
     """What job.json says; None if there is none. Raises CorruptError, SettingsError (another program's), StorageError."""
     file = path / _JOB
     try:
-        text = file.read_bytes()
+        with open_regular(file, "choose another directory") as opened:
+            text = opened.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise storage_error(error, file, "read") from error
     try:
-        job = json.loads(text)
+        job = parse_json(text, unique=True)
     except ValueError as error:
         raise CorruptError(
             f"{file} is damaged: it is not JSON", "choose another directory, or --force to start again"
         ) from error
     lacking = _JOB_FIELDS - job.keys() if isinstance(job, dict) else _JOB_FIELDS
     check = job.pop("check", None) if len(lacking) <= 1 else None  # absent from older jobs; one name may be what is damaged
-    if lacking and check is None:
-        raise SettingsError(f"{file} is not a qtip job's file", "choose another directory")
     if check is not None and check != checksum(job):
         raise CorruptError(
             f"{file} is damaged: it is not what was written", "choose another directory, or --force to start again"
+        )
+    if lacking or type(job["stage"]) is not str:
+        raise SettingsError(f"{file} is not a qtip job's file", "choose another directory")
+    if not all(isinstance(job[part], dict) for part in ("settings", "fingerprint")):
+        raise CorruptError(
+            f"{file} is damaged: its settings are no table", "choose another directory, or --force to start again"
         )
     return job
 

@@ -75,8 +75,8 @@ def stopped(number: int) -> StoppedError:
 
 def stopped_at_once(number: int = signal.SIGINT) -> StoppedError:
     """The error that says that the signal `number` has ended the command where it was, and not at a safe point."""
-    fact = f"stopped by {_cause(number)}; what is finished is kept"
-    return StoppedError(fact, "give the same command again to go on", exit_code=128 + number)
+    fact = f"stopped by {_cause(number)}; a job keeps what is finished"
+    return StoppedError(fact, "the same command goes on with it", exit_code=128 + number)
 
 
 def _cause(number: int) -> str:

@@ -8,7 +8,6 @@ a changed digit in a report would otherwise pass for what was measured.
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from typing import Any
 from qtipcli.errors import CorruptError, storage_error
 from qtipcli.job.files import sync_directory, write_all, write_text_atomic
 from qtipcli.job.record import checksum, encode, normalized
+from qtipcli.untrusted import parse_json
 
 # Letters, digits, dot, dash, underscore: a key is a file name everywhere and never leaves its directory. 200 characters and
 # what is put around them stay below the 255 bytes that file systems allow.
@@ -145,10 +145,11 @@ def _line(entry: Entry, has_check: bool = True) -> bytes:
 def _parse(line: bytes) -> Entry | None:
     """The entry on this line; None if the line is torn or is no entry that `_line` would have written."""
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         has_check = fields.pop("check", None) is not None  # older jobs have none
         entry = Entry(**fields)
         whole = entry.file == shard_name(entry.key) and _line(entry, has_check) == line
     except (ValueError, TypeError, AttributeError):
         return None
-    return entry if whole else None
+    is_typed = type(entry.bytes) is int and type(entry.sha256) is str and type(entry.report) is dict
+    return entry if whole and is_typed else None

@@ -56,6 +56,7 @@ def quantize_model(
     job = job_directory(out)
     if pack_after and (force or not _is_packed(job, out)):
         whole.refuse_occupied(out, force)
+        pack.refuse_links(pack.other_files(source.directory), source.directory)
     _calibrate(source, calibration, settings, hessians, force, watcher)
     quantize.run(source, settings, hessians, job, force, watcher)
     return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
@@ -83,6 +84,7 @@ def allocate_model(
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
     if pack_after and (force or not any(_is_packed(job, out) for job in jobs.values())):
         whole.refuse_occupied(out, force)
+        pack.refuse_links(pack.other_files(source.directory), source.directory)
     allocate.check(source, settings, allocation)
     _calibrate(source, calibration, settings, hessians, force, watcher)
     try:
@@ -132,7 +134,9 @@ def _calibrate(
         raise next(iter(damaged.values()))  # content is checked by who reads it
     settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
     if found is not None:
-        is_same = settings.model_dump() == found.settings and found.fingerprint["model"] == fingerprint_model(source.directory)
+        is_same = settings.model_dump() == found.settings and found.fingerprint.get("model") == fingerprint_model(
+            source.directory
+        )
         is_whole = not force or not found.damaged()
         if is_same and is_whole and calibrate.is_complete(found, Skeleton(source)):
             # Finished Hessians do not need their text any more: it may have been moved.

@@ -17,6 +17,7 @@ from qtipcli.job.files import make_directory, sha256_file, sync_directory, sync_
 from qtipcli.job.header import read_header
 from qtipcli.job.interrupt import interruptible
 from qtipcli.job.lock import Lock
+from qtipcli.untrusted import is_inside
 
 RECORD_FILE = "qtip.json"
 """What was done: the job's settings and fingerprint, a report for each layer, the sha256 of each file."""
@@ -85,6 +86,10 @@ def refuse_occupied(out: Path, force: bool) -> None:
 def check_files(directory: Path, checksums: Mapping[str, str]) -> None:
     """Raise CorruptError, naming it, where a file is not the one whose sha256 is recorded."""
     for name, expected in checksums.items():
+        if not is_inside(name):
+            raise CorruptError(
+                f"{RECORD_FILE} names a file outside the model directory: {name}", "do not use this model's files"
+            )
         if not (directory / name).is_file():
             raise CorruptError(f"{directory / name} is missing", REMEDY)
         if sha256_file(directory / name) != expected:

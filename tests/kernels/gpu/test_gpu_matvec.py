@@ -4,10 +4,9 @@ import pytest
 import torch
 from random_packed import RAGGED, SPECS, name, packed, table, x_rows
 
-from qtipcli_kernels import lane
 from qtipcli_kernels.decode import reference
 from qtipcli_kernels.device import DeviceError
-from qtipcli_kernels.matvec import gpu
+from qtipcli_kernels.matvec import gpu, loop
 from qtipcli_kernels.spec import SpecError, TrellisSpec
 
 SPEC = TrellisSpec("1mad", 2)
@@ -78,12 +77,12 @@ def test_programs_take_whole_trips_and_fill_a_gpu():
     for tile_rows, tile_columns in ((1, 1), (8, 36), (256, 256), (896, 256), (512, 1792), (1792, 512), (4, 1000)):
         chunk = gpu.chunk_of(tile_rows, tile_columns)
         assert chunk % gpu.UNROLL == 0
-        warps = -(-tile_columns // chunk) * -(-tile_rows // lane.WARP_ROWS)
-        most = tile_rows * tile_columns / lane.WARP_ROWS / gpu.MIN_CHUNK
+        warps = -(-tile_columns // chunk) * -(-tile_rows // loop.WARP_ROWS)
+        most = tile_rows * tile_columns / loop.WARP_ROWS / gpu.MIN_CHUNK
         assert warps >= min(gpu.WARPS_WANTED, most) / 2
-        programs = -(-tile_columns // (chunk * lane.WARP_PARTS))
+        programs = -(-tile_columns // (chunk * loop.WARP_PARTS))
         # Nor does the last program leave the others to work alone for long.
-        assert tile_columns < 64 or programs * chunk * lane.WARP_PARTS <= 1.25 * tile_columns
+        assert tile_columns < 64 or programs * chunk * loop.WARP_PARTS <= 1.25 * tile_columns
 
 
 def test_which_kernel_serves_what():

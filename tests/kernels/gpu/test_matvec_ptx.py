@@ -17,7 +17,8 @@ from random_packed import name, packed, table, x_rows
 
 from qtipcli_kernels import lane
 from qtipcli_kernels.decode import reference
-from qtipcli_kernels.matvec import gpu
+from qtipcli_kernels.fragments import fragments
+from qtipcli_kernels.matvec import gpu, loop
 from qtipcli_kernels.spec import CODE_WEIGHTS_PER_STEP, MAX_BITS_PER_STEP, TrellisSpec
 
 WIDE = "sm_90:hyb-kV4-L16-V2:1:wide"
@@ -58,11 +59,11 @@ def launch(
     """float32 [S, B, O] as gpu.partial_products arranges it, what is never written being NaN; and the emulator's report."""
     tile_rows, tile_columns = len(trellis), x.shape[1] // 16
     warps = gpu.nvidia_arguments(spec, len(x), wide)["WARPS"]
-    rows_a_program = warps // lane.WARP_PARTS * lane.WARP_ROWS
-    grid = (-(-tile_rows // rows_a_program), -(-tile_columns // (CHUNK * lane.WARP_PARTS)))
+    rows_a_program = warps // loop.WARP_PARTS * loop.WARP_ROWS
+    grid = (-(-tile_rows // rows_a_program), -(-tile_columns // (CHUNK * loop.WARP_PARTS)))
     partial = np.full((grid[1], len(x), tile_rows * 16), np.nan, np.float32)
     entries = np.zeros(1, np.uint32) if lut is None else lut.numpy().view(np.uint32).reshape(-1).copy()
-    arrays = [lane.fragments(x).numpy(), trellis.numpy().view(np.uint32), entries, partial]
+    arrays = [fragments(x).numpy(), trellis.numpy().view(np.uint32), entries, partial]
     operands = [*arrays, tile_rows, tile_columns, CHUNK, len(x)]
     report = ptx.launch(text, grid, warps, [*operands, float(lane.UNIT.get(spec.code, 1.0))], **options)
     return torch.from_numpy(partial), report
