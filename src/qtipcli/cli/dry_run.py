@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,46 @@ def pack(model: str, revision: str | None, trust: bool, as_json: bool, job: Path
         show(dry_run.of_pack(source, job, max_shard_size), as_json)
 
 
+def evaluate(
+    models: list[str],
+    base: str | None,
+    trust: bool,
+    as_json: bool,
+    cache_gib: float | None,
+    cache: Path | None,
+    **asked: Any,
+) -> None:
+    """What `qtip eval` would do. asked: as of dry_eval.of_eval."""
+    from qtipcli.errors import SettingsError
+    from qtipcli.hub.config import METHOD
+    from qtipcli.model.remote import described
+    from qtipcli.stages import dry_eval
+    from qtipcli.stages.load import check_name
+    from qtipcli.stages.measure import Keeping
+
+    if len(models) > 1 and not asked["compare"]:
+        raise SettingsError(f"{len(models)} models are given and one is evaluated", "say --compare to compare them")
+    with ExitStack() as stack:
+        sources = []
+        for name in filter(None, (*models, base)):
+            check_name(name)
+            sources.append(stack.enter_context(described(name, None, trust, METHOD)))
+        original = sources.pop() if base is not None else None
+        show(dry_eval.of_eval(sources, original, keeping=Keeping(cache_gib, cache), **asked), as_json)
+
+
 def show(plan: Plan, as_json: bool) -> None:
     """Print it."""
     if as_json:
         print_json(plan.as_json())
         return
-    print_table(f"what qtip {plan.command} would do with {plan.model}", [_row(kind) for kind in plan.layers])
+    title = f"what qtip {plan.command} would do with {plan.model}"
+    if plan.layers:
+        print_table(title, [_row(kind) for kind in plan.layers])
+    elif plan.tables:
+        print(title)
+    for name, rows in plan.tables.items():
+        print_table(name, rows)
     totals = plan.as_json()
     if plan.stored is not None:
         stored, files = plan.stored, f"{plan.stored.files} safetensors file{'s' if plan.stored.files > 1 else ''}"

@@ -17,7 +17,6 @@ from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.linears import InputGroup, find_linears
-from qtipcli.model.places import signature
 from qtipcli.model.source import ModelSource
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.stages import calibrate, memory, outer, plan, quantize, rates, rounding_rates
@@ -25,16 +24,13 @@ from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT, TOKENS, block_key,
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import FLOAT, Sizes, Text
 from qtipcli.stages.own_process import age_seconds, resident_bytes
-from qtipcli.stages.plan import LayerKind, Plan
+from qtipcli.stages.plan import WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli_kernels.spec import TrellisSpec
 
 GROUPING_TOKENS = 16
 """Tokens of the pass that finds which layers share an input."""
-
-WRITE_BYTES_PER_S = 200e6
-"""At which a packed directory is written, read again and its checksums made: not measured, since nothing is written."""
 
 NOT_COUNTED = "config.json, qtip.json and README.md are not counted: their size depends on figures that only a run gives"
 
@@ -185,18 +181,15 @@ class _Job:
 
     def _measure(self, skeleton: Imagined, tokens: torch.Tensor) -> None:
         """Run one block of each kind, and the rounding."""
-        alike: dict[Any, list[int]] = {}
-        for index, (_, block) in enumerate(skeleton.blocks):
-            shapes = tuple(parameter.shape for parameter in block.parameters())
-            alike.setdefault((signature(block), shapes), []).append(index)
+        alike = rates.alike(skeleton)
         rows = tokens[: max(1, self.text.batch // self.text.context)]
         prefix = self.settings.quantized_prefix and self.packed is not None
         self.kinds = []
-        for indices in alike.values():
+        for indices in alike:
             groups = tuple(rates.find_groups(skeleton, indices[0], rows[:1, :GROUPING_TOKENS]))
             share = len(alike)
             passes = rates.measure_passes(skeleton, indices[0], groups, rows, self.settings.two_sided, prefix, share)
-            self.kinds.append(_Kind(tuple(indices), groups, passes))
+            self.kinds.append(_Kind(indices, groups, passes))
         self.names = [name for name, _ in skeleton.blocks]
         self.linears = {
             f"{name}.{layer}": (linear.out_features, linear.in_features)

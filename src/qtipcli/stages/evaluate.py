@@ -27,8 +27,8 @@ from qtipcli.stages.histogram import Histogram, histogram_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Logits converted to float64 at a time: 16 MB an array, whatever the vocabulary and the context.
-_CHUNK_LOGITS = 2**21
+CHUNK_LOGITS = 2**21
+"""Logits converted to float64 at a time: 16 MB an array, whatever the vocabulary and the context."""
 
 IN_MEMORY, BLOCK_BY_BLOCK = "whole model in memory", "block by block"
 """How the evaluated model was run."""
@@ -276,7 +276,7 @@ def _compare(
                 "give as --base the model that was quantized",
             )
     columns: dict[str, list[torch.Tensor]] = {}
-    step = max(1, _CHUNK_LOGITS // logits_PV.shape[-1])
+    step = max(1, CHUNK_LOGITS // logits_PV.shape[-1])
     for start in range(0, len(logits_PV), step):
         chunk = slice(start, start + step)
         following = following_P[chunk, None]
