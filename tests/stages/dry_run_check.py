@@ -8,6 +8,7 @@ a process of its own. CPU seconds are those of all threads. OUT and what lies be
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -74,7 +75,7 @@ def _steps(begun: list[tuple[str, float, float]], started: float, wall: float, c
     """Step -> [wall seconds, CPU seconds]."""
     times = [("start", started, 0.0), *begun, ("", started + wall, cpu)]
     found: dict[str, list[float]] = {}
-    for (title, *before), (_, *after) in zip(times, times[1:], strict=False):
+    for (title, *before), (_, *after) in itertools.pairwise(times):
         spent = found.setdefault(title, [0.0, 0.0])
         for place in range(2):
             spent[place] = round(spent[place] + after[place] - before[place], 2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qtipcli.cli.display import print_json, print_table
 
 if TYPE_CHECKING:
-    from qtipcli.config import AllocationSettings, CalibrationSettings, QuantizeSettings
+    from qtipcli.config import AllocationSettings, CalibrationSettings, FinetuneSettings, QuantizeSettings
     from qtipcli.stages.plan import LayerKind, Plan
 
 
@@ -67,6 +67,31 @@ def pack(model: str, revision: str | None, trust: bool, as_json: bool, job: Path
 
     with described(model, revision, trust) as source:
         show(dry_run.of_pack(source, job, max_shard_size), as_json)
+
+
+def finetune(
+    directory: Path,
+    base: str | None,
+    revision: str | None,
+    trust: bool,
+    as_json: bool,
+    settings: FinetuneSettings,
+    out: Path | None,
+    memory_gib: float,
+) -> None:
+    """What `qtip finetune` would do. Raises SettingsError in one of several processes."""
+    from qtipcli.errors import SettingsError
+    from qtipcli.job import launcher
+    from qtipcli.model.remote import described
+    from qtipcli.stages import dry_finetune
+    from qtipcli.stages import finetune as stage
+
+    if launcher.world() > 1:
+        raise SettingsError("a dry run is of one process", "start it without torchrun: N processes share its windows")
+    packed = stage.packed_directory(directory)
+    target = out or packed.with_name(f"{packed.name}-tuned")
+    with described(base or stage.original_of(packed), revision, trust) as source:
+        show(dry_finetune.of_finetune(source, packed, settings, target, memory_gib), as_json)
 
 
 def evaluate(

@@ -149,3 +149,10 @@ def loaded_bytes(source: ModelSource, dtype: torch.dtype | None, device: torch.d
         kept = stored if is_packed or chosen is None or not stored.is_floating_point else chosen
         total += torch.Size(source.shape(key)).numel() * kept.itemsize
     return total
+
+
+def converted_bytes(source: ModelSource, dtype: torch.dtype) -> int:
+    """Bytes on disk of the tensors whose dtype changes when the model is loaded: they stay mapped beside their copies."""
+    packed = tuple(key.removesuffix("trellis") for key in source.tensor_names if key.endswith(".trellis"))
+    changed = [key for key in source.tensor_names if source.dtype(key) != dtype and not key.startswith(packed)]
+    return sum(torch.Size(source.shape(key)).numel() * source.dtype(key).itemsize for key in changed)

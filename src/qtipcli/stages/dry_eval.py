@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -25,16 +24,13 @@ from qtipcli.stages.forward_rates import FORWARD_SECONDS, Forward
 from qtipcli.stages.load import computing_dtype, default_device
 from qtipcli.stages.measure import WIDER, Keeping, chosen_dtype, windows_for
 from qtipcli.stages.own_process import age_seconds, resident_bytes
-from qtipcli.stages.plan import WRITE_BYTES_PER_S, Plan
+from qtipcli.stages.plan import LOAD_BYTES_PER_S, WRITE_BYTES_PER_S, Plan
 from qtipcli.stages.reference import DEFAULT_CACHE_GIB, FREE_SHARE
 from qtipcli.stages.room import free_bytes
 
 WIKITEXT2_TOKENS = 300_000
 """Of the test split of WikiText-2, about: 289,000 with Llama 3's tokenizer and 341,000 with Llama 2's, 141 and 166 windows of
 2,048 tokens in the literature."""
-
-LOAD_BYTES_PER_S = 2e9
-"""At which transformers loads weights that the system has in its file cache: not measured here, since none are read."""
 
 EVALUATED, ORIGINAL, NOISE = "evaluated", "original", "noise floor"
 
@@ -199,17 +195,12 @@ class _Job:
         self.notes += [f"{source.name}: {note}" for note in skeleton.notes]
         parameters = dict(skeleton.model.named_parameters())
         weights = blockwise.loaded_bytes(source, dtype, self.device)
-        walks = [key for key in source.tensor_names if source.dtype(key) == torch.int32]
-        stems = tuple(key.removesuffix("trellis") for key in walks)
-        changed = [
-            key for key in source.tensor_names if source.dtype(key) not in (dtype, torch.int32) and not key.startswith(stems)
-        ]
         return _Model(
             source,
             role,
             dtype,
             weights,
-            converted=sum(math.prod(source.shape(key)) * source.dtype(key).itemsize for key in changed),
+            converted=blockwise.converted_bytes(source, dtype),
             block=max(sum(each.nbytes for each in block.parameters()) for _, block in skeleton.blocks),
             outside=sum(parameters[name].nbytes for name in skeleton.outer_names if name in parameters),
             token=forward_rates.width_of(skeleton) * dtype.itemsize,

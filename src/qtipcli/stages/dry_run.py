@@ -152,7 +152,7 @@ class _Job:
         self.is_calibrated, self.text, tokens = self._text(calibration, hessians)
         skeleton = Imagined(source, device=self.device)
         self.notes += skeleton.notes
-        self.sizes = _sizes(skeleton)
+        self.sizes = sizes_of(skeleton)
         self.start = age_seconds()
         self._measure(skeleton, tokens)
 
@@ -327,7 +327,8 @@ class _Job:
         return {name: layout for name, layout in (self.packed or {}).items() if name not in self.linears}
 
 
-def _sizes(skeleton: Imagined) -> Sizes:
+def sizes_of(skeleton: Imagined) -> Sizes:
+    """What of the model decides about memory."""
     model = skeleton.model
     sizes = {name: FLOAT * parameter.numel() for name, parameter in model.named_parameters()}
     head_module, embedding = model.get_output_embeddings(), model.get_input_embeddings()

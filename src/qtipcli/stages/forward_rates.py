@@ -20,10 +20,16 @@ from qtipcli.quant.transform import Transform
 from qtipcli.stages import evaluate, rates
 from qtipcli.stages.live_bytes import LiveBytes
 from qtipcli.stages.rates import LARGEST_HEAD, PROBE_TOKENS
-from qtipcli.stages.timing import elapsed
+from qtipcli.stages.timing import elapsed, mean_elapsed
 
 FORWARD_SECONDS = 6.0
 """Spent on passes of all models and contexts, of ten in all."""
+
+HEAD_SECONDS = 0.3
+"""Spent on a head, and on comparing logits."""
+
+PASSES = 4
+"""Through a block, at least, that time is the mean of: what else the machine does strikes some of them."""
 
 CHUNKS = 2
 """Parts of a window's logits that a comparison is measured on: one may be the last and short."""
@@ -51,11 +57,12 @@ def measure_forward(skeleton: Imagined, rows: int, context: int, allowed: float 
     kinds = rates.alike(skeleton)
     wanted = rows * context
     seconds, peak, tokens = 0.0, 0, wanted
+    share = allowed / len(kinds) / 2
     for indices in kinds:
         block = _Block(skeleton, indices[0], 1, min(PROBE_TOKENS, context))
         block.run()  # the first pass starts threads and loads code
         probe = elapsed(block.run, skeleton.device)
-        affordable = int(allowed / len(kinds) / 3 / max(probe, 1e-6) * block.tokens)
+        affordable = int(share / PASSES / max(probe, 1e-6) * block.tokens)
         block.leave()
         if affordable >= context:
             block = _Block(skeleton, indices[0], min(rows, max(1, affordable // context)), context)
@@ -63,7 +70,7 @@ def measure_forward(skeleton: Imagined, rows: int, context: int, allowed: float 
             block = _Block(skeleton, indices[0], 1, max(min(PROBE_TOKENS, context), affordable))
         with LiveBytes() as live:
             block.run()
-        seconds += len(indices) * elapsed(block.run, skeleton.device) * wanted / block.tokens
+        seconds += len(indices) * mean_elapsed(block.run, skeleton.device, share) * wanted / block.tokens
         peak = max(peak, int(live.peak * wanted / block.tokens))
         tokens = min(tokens, block.tokens)
         block.leave()
@@ -95,7 +102,7 @@ def head_seconds(skeleton: Imagined) -> float:
     with torch.no_grad():
         head(x)
         share = vocabulary_of(skeleton) / head.out_features
-        return elapsed(lambda: head(x), skeleton.device) / PROBE_TOKENS * share
+        return mean_elapsed(lambda: head(x), skeleton.device, HEAD_SECONDS) / PROBE_TOKENS * share
 
 
 def head_part(skeleton: Imagined) -> nn.Linear | TrellisLinear:
@@ -150,4 +157,4 @@ def comparison(context: int, vocabulary: int, models: int, device: torch.device)
     compare()
     with LiveBytes() as live:
         compare()
-    return elapsed(compare, device) * (context - 1) / positions, live.peak
+    return mean_elapsed(compare, device, HEAD_SECONDS) * (context - 1) / positions, live.peak

@@ -14,6 +14,7 @@ from qtipcli.stages.calibrate import BATCH_TOKENS
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
+from qtipcli.stages.tuning_rates import Head, Tuning
 
 FLOAT = 4
 """Bytes of a value in memory: everything is computed in float32."""
@@ -76,9 +77,50 @@ class Text:
         return max(1, min(MICRO_TOKENS // self.context, self.rows_back // LEAST_BATCHES)) * self.context
 
 
-def held(size: int, at_once: int) -> int:
+@dataclass(frozen=True, slots=True)
+class TuningText:
+    """Text that scales are trained on: rows windows of context tokens and heldout more, epochs times, batch windows in a step,
+    of which piece go through together.
+    """
+
+    rows: int
+    heldout: int
+    context: int
+    epochs: int
+    batch: int
+    piece: int
+
+    @property
+    def tokens(self) -> int:
+        """All, held out or not."""
+        return (self.rows + self.heldout) * self.context
+
+    @property
+    def at_once(self) -> int:
+        """Tokens of a piece."""
+        return self.piece * self.context
+
+    @property
+    def steps(self) -> int:
+        """In all epochs."""
+        return self.epochs * -(-self.rows // self.batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """The packed model, whole. loaded: bytes, with what of its files stays mapped. decoded: of its layers as they are trained;
+    0 where they are decoded in every product. vocabulary: logits of a token. gib: activations beyond it are in a file.
+    """
+
+    loaded: int
+    decoded: int
+    vocabulary: int
+    gib: float
+
+
+def held(size: int, at_once: int, gib: float = DEFAULT_MEMORY_GIB) -> int:
     """Bytes in memory of activations of `size` bytes, `at_once` of them worked on: beyond the limit they are in a file."""
-    return size if size <= DEFAULT_MEMORY_GIB * 2**30 else at_once
+    return size if size <= gib * 2**30 else at_once
 
 
 def calibrate_phases(
@@ -134,3 +176,38 @@ def quantize_phases(
         passing = int((passes.forward_bytes + sizes.token) * text.batch)
         found["quantize, on to the next block"] = flowing + sizes.linears + passing
     return found
+
+
+def block_tuning_phases(
+    sizes: Sizes, text: TuningText, tuning: Tuning, passing: int, masters: int, gib: float = DEFAULT_MEMORY_GIB
+) -> dict[str, int]:
+    """Phase -> bytes. passing: of a piece on its way through an original block; masters: of what is trained of a block."""
+    streams = held(2 * text.tokens * sizes.token, 2 * text.at_once * sizes.token, gib)
+    flowing = streams + sizes.block
+    return {
+        "by block, in front of the blocks": sizes.outer + max(sizes.block, streams // 2),
+        "by block, the original": flowing + passing,
+        "by block, training": flowing + tuning.walks + masters + tuning.block.of(text.at_once),
+    }
+
+
+def verdict(sizes: Sizes, text: TuningText, student: Student, head: Head) -> int:
+    """Bytes of judging the packed model, its layers packed, on the held-out windows."""
+    rows = held(text.heldout * text.context * sizes.token, text.at_once * sizes.token, student.gib)
+    logits = int(head.judged * student.vocabulary * text.at_once)
+    return student.loaded + sizes.outer + sizes.head + rows + logits
+
+
+def end_tuning_phases(
+    sizes: Sizes, text: TuningText, tuning: Tuning, passing: int, masters: int, student: Student, head: Head, recomputed: bool
+) -> dict[str, int]:
+    """Phase -> bytes. passing: of a piece in an original block. recomputed: only what enters a block waits for the way back."""
+    rows = held(text.tokens * sizes.token, text.at_once * sizes.token, student.gib)
+    block = tuning.block.of(text.at_once)
+    kept = sizes.blocks * text.at_once * sizes.token + block if recomputed else tuning.kept.of(text.at_once)
+    back = kept + max(int(head.logit * student.vocabulary * text.at_once), 0 if recomputed else block)
+    around = student.loaded + rows
+    return {
+        "end to end, teacher": around + max(sizes.outer, sizes.block + passing),
+        "end to end, training": around + student.decoded + sizes.outer + sizes.head + masters + back,
+    }

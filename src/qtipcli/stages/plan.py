@@ -30,6 +30,9 @@ DTYPES = {"I32": torch.int32, "F16": torch.float16}
 WRITE_BYTES_PER_S = 200e6
 """At which a packed directory is written, read again and its checksums made: not measured, since nothing is written."""
 
+LOAD_BYTES_PER_S = 2e9
+"""At which transformers loads weights that the system has in its file cache: not measured here, since none are read."""
+
 LEFT_SHAPES = 2
 """Dimensions from which on a tensor that is left as it is gets a reason: norms and biases are never rounded."""
 
