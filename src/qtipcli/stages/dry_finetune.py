@@ -24,18 +24,15 @@ from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT
 from qtipcli.stages.dry_run import sizes_of
 from qtipcli.stages.forward_rates import FORWARD_SECONDS
 from qtipcli.stages.load import default_device
-from qtipcli.stages.memory import FLOAT, TuningText
+from qtipcli.stages.memory import FLOAT
 from qtipcli.stages.own_process import age_seconds, resident_bytes
 from qtipcli.stages.packed import PackedDirectory
 from qtipcli.stages.plan import LOAD_BYTES_PER_S, WRITE_BYTES_PER_S, Plan, Stored
 from qtipcli.stages.progress import Silent
 from qtipcli.stages.tune_blocks import MICRO_TOKENS
-from qtipcli.stages.tuning_rates import TUNING_SECONDS, Tuning
+from qtipcli.stages.tuning_rates import TUNING_SECONDS, Tuning, TuningText, tuned_bytes
 from qtipcli.tune.descent import largest_divisor
 from qtipcli.tune.parameters import Rates, Trained
-
-ADAM_COPIES = 2
-"""Moments that Adam keeps of each parameter."""
 
 
 def of_finetune(source: ModelSource, packed: Path, settings: FinetuneSettings, out: Path, memory_gib: float) -> Plan:
@@ -75,13 +72,13 @@ class _Masters:
 
     @property
     def in_memory(self) -> int:
-        """Bytes of masters and gradients, of Adam's moments, of the best state, and of what is put aside for judging."""
-        return (2 + ADAM_COPIES + 1) * FLOAT * self.parameters + self.stored
+        """Bytes of all that belongs to them."""
+        return tuned_bytes(self.parameters)
 
     @property
     def saved(self) -> int:
         """Bytes of a saved state: masters, moments and step counts, the best state."""
-        return (1 + ADAM_COPIES) * FLOAT * self.parameters + FLOAT * len(self.shapes) + self.stored
+        return 3 * FLOAT * self.parameters + FLOAT * len(self.shapes) + self.stored
 
 
 class _Job:
@@ -250,7 +247,7 @@ class _Job:
             text, tuning = self.texts[kind], self.tuning[kind]
             heldout, train = text.heldout * self.context, text.rows * self.context
             if kind == "by block":
-                found["tune blocks"] = block_tuning_seconds(text, tuning, forward)
+                found["tune blocks"] = tuning_rates.block_tuning_seconds(text, tuning, forward)
                 judging = 2 * heldout * (tuning.packed + self.head.judge)
                 found["verdict on the blocks"] = loading + heldout * forward + judging
                 continue
@@ -280,13 +277,6 @@ class _Job:
         )
         widest = max(self.masters.values(), key=lambda masters: masters.parameters)
         return {"text": (text,), "tuning": kinds, "what is trained": _rows(widest.shapes)}
-
-
-def block_tuning_seconds(text: TuningText, tuning: Tuning, forward: float) -> float:
-    """Of tuning all blocks. forward: seconds of one token in all original blocks."""
-    heldout, train = text.heldout * text.context, text.rows * text.context
-    student = ((1 + text.epochs) * heldout + heldout + train) * tuning.forward + text.epochs * train * tuning.step
-    return (heldout + train) * forward + tuning.exchange + student
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qtipcli import config
-from qtipcli.config import CalibrationSettings, QuantizeSettings, settings_from
+from qtipcli.config import BlockTuning, CalibrationSettings, QuantizeSettings, settings_from
 from qtipcli.data.text import CALIBRATION_DATA, load_documents
 from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
@@ -19,7 +19,7 @@ from qtipcli.model.imagined import Imagined
 from qtipcli.model.linears import InputGroup, find_linears
 from qtipcli.model.source import ModelSource
 from qtipcli.nn.layout import PackedLayout
-from qtipcli.stages import calibrate, memory, outer, plan, quantize, rates, rounding_rates
+from qtipcli.stages import calibrate, forward_rates, memory, outer, plan, quantize, rates, rounding_rates, tuning_rates
 from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT, TOKENS, block_key, load_tokenizer, model_context
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import FLOAT, Sizes, Text
@@ -27,14 +27,15 @@ from qtipcli.stages.own_process import age_seconds, resident_bytes
 from qtipcli.stages.plan import WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
+from qtipcli.stages.tune_blocks import MICRO_TOKENS
+from qtipcli.stages.tuning_rates import TUNING_SECONDS, TuningText
+from qtipcli.tune.descent import largest_divisor
 from qtipcli_kernels.spec import TrellisSpec
 
 GROUPING_TOKENS = 16
 """Tokens of the pass that finds which layers share an input."""
 
 NOT_COUNTED = "config.json, qtip.json and README.md are not counted: their size depends on figures that only a run gives"
-
-TUNING_NOT_COUNTED = "tuning each block is not counted: it takes more memory and time than is said here"
 
 
 def of_calibrate(
@@ -81,7 +82,7 @@ def of_quantize(
         phases["pack"] = stored.weights // stored.files + job.sizes.read
         seconds["pack"] = 2 * stored.weights / WRITE_BYTES_PER_S
         disk["packed directory"] = stored.weights + stored.index + stored.copied
-    job.notes += [NOT_COUNTED] if settings.tune_blocks is None else [NOT_COUNTED, TUNING_NOT_COUNTED]
+    job.notes.append(NOT_COUNTED)
     return Plan(
         command="quantize",
         model=source.name,
@@ -202,6 +203,8 @@ class _Job:
             for outputs in {shape[0] for shape in self.linears.values()}:
                 self.output_bytes[outputs] = rounding_rates.output_side_bytes(outputs, self.device)
                 self.output_seconds[outputs] = rounding_rates.output_side_seconds(outputs, self.device)
+        if self.settings.tune_blocks is not None and self.packed is not None:
+            self._measure_tuning(skeleton, self.settings.tune_blocks)
         self.encoders: dict[TrellisSpec, float] = {}
         self.rounding = None
         if self.packed is not None:
@@ -209,6 +212,16 @@ class _Job:
                 self.encoders[spec] = rounding_rates.encoder_rate(spec, self.settings.fast, self.device)
             self.rounding = rounding_rates.rounding_rates(self.settings, self.device)
         self.resident = resident_bytes()
+
+    def _measure_tuning(self, skeleton: Imagined, settings: BlockTuning) -> None:
+        """Train one block of each kind, on as many tokens at once as the stage does."""
+        assert self.packed is not None, "only a job that quantizes tunes"
+        heldout = quantize.heldout_of(self.text.rows)
+        piece = largest_divisor(settings.batch, MICRO_TOKENS // self.text.context)
+        self.tuned = TuningText(self.text.rows - heldout, heldout, self.text.context, settings.epochs, settings.batch, piece)
+        inside = {name: layout for name, layout in self.packed.items() if name in self.linears}
+        self.tuning = tuning_rates.measure_tuning(skeleton, inside, settings, piece, self.text.context)
+        self.forward = forward_rates.measure_forward(skeleton, piece, self.text.context, TUNING_SECONDS / 3)
 
     def _groups(self, kind: _Kind, index: int, packed_only: bool = False) -> list[tuple[Group, list[str]]]:
         """The groups of block `index` with the full names of their layers."""
@@ -239,6 +252,11 @@ class _Job:
         ]
         shapes = [group for group, _ in groups]
         found = memory.quantize_phases(self.sizes, self.text, kind.passes, shapes, needed, self.settings.quantized_prefix)
+        if self.settings.tune_blocks is not None:
+            kept = memory.kept_of(self.text, self.sizes, kind.passes) if self.settings.quantized_prefix else 0
+            masters = tuning_rates.masters_bytes(self._packed_in(kind.indices[0]))
+            tuning = memory.block_tuning_phases(self.sizes, self.tuned, self.tuning, self.forward.peak, masters)
+            found |= {phase: size + kept for phase, size in tuning.items()}
         plain = self.settings.model_copy(update={"quantized_prefix": False, "two_sided": False})
         for name, layout in self._outside().items():
             group = Group((layout.out_features,), layout.in_features)
@@ -272,7 +290,12 @@ class _Job:
             total += self.rounding.seconds(group, self.encoders[layout.spec])
         if self.done:
             self.notes.append(f"{len(self.done)} blocks are rounded already and taken off the time")
-        return {"quantize": total}
+        found = {"quantize": total}
+        if self.settings.tune_blocks is not None:
+            share = 1 - len(self.done) / len(self.names)
+            each = self.forward.block / (self.tuned.piece * self.tuned.context)
+            found["tune blocks"] = share * tuning_rates.block_tuning_seconds(self.tuned, self.tuning, each)
+        return found
 
     def start_seconds(self) -> dict[str, float]:
         """Imports, and the text."""
@@ -322,6 +345,9 @@ class _Job:
         """The trellis of a group; where its layers have several, the one that takes longest."""
         assert self.packed is not None, "asked of jobs that quantize"
         return min((self.packed[name].spec for name in names), key=lambda spec: self.encoders[spec])
+
+    def _packed_in(self, index: int) -> list[PackedLayout]:
+        return [layout for name, layout in (self.packed or {}).items() if name.startswith(f"{self.names[index]}.")]
 
     def _outside(self) -> dict[str, PackedLayout]:
         return {name: layout for name, layout in (self.packed or {}).items() if name not in self.linears}

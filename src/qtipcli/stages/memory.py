@@ -14,7 +14,7 @@ from qtipcli.stages.calibrate import BATCH_TOKENS
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
-from qtipcli.stages.tuning_rates import Head, Tuning
+from qtipcli.stages.tuning_rates import Head, Tuning, TuningText
 
 FLOAT = 4
 """Bytes of a value in memory: everything is computed in float32."""
@@ -78,35 +78,6 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class TuningText:
-    """Text that scales are trained on: rows windows of context tokens and heldout more, epochs times, batch windows in a step,
-    of which piece go through together.
-    """
-
-    rows: int
-    heldout: int
-    context: int
-    epochs: int
-    batch: int
-    piece: int
-
-    @property
-    def tokens(self) -> int:
-        """All, held out or not."""
-        return (self.rows + self.heldout) * self.context
-
-    @property
-    def at_once(self) -> int:
-        """Tokens of a piece."""
-        return self.piece * self.context
-
-    @property
-    def steps(self) -> int:
-        """In all epochs."""
-        return self.epochs * -(-self.rows // self.batch)
-
-
-@dataclass(frozen=True, slots=True)
 class Student:
     """The packed model, whole. loaded: bytes, with what of its files stays mapped. decoded: of its layers as they are trained;
     0 where they are decoded in every product. vocabulary: logits of a token. gib: activations beyond it are in a file.
@@ -160,8 +131,7 @@ def quantize_phases(
     streams = kept = 0
     if prefix:
         streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token)
-        kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
-        kept *= HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1
+        kept = kept_of(text, sizes, passes)
     flowing = streams + kept + sizes.block
     found: dict[str, int] = {}
     done = 0
@@ -176,6 +146,12 @@ def quantize_phases(
         passing = int((passes.forward_bytes + sizes.token) * text.batch)
         found["quantize, on to the next block"] = flowing + sizes.linears + passing
     return found
+
+
+def kept_of(text: Text, sizes: Sizes, passes: Passes) -> int:
+    """Bytes of what the quantized prefix keeps of a block, and of the holes that it leaves in the heap."""
+    kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
+    return kept * (HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1)
 
 
 def block_tuning_phases(

@@ -5,7 +5,7 @@ A block's linears are exchanged for packed layers of random walks, whose scales 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,35 @@ HEAD_SECONDS = 0.5
 
 PASSES = 4
 """Steps of a block, at least, that fit into the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningText:
+    """Text that scales are trained on: rows windows of context tokens and heldout more, epochs times, batch windows in a step,
+    of which piece go through together.
+    """
+
+    rows: int
+    heldout: int
+    context: int
+    epochs: int
+    batch: int
+    piece: int
+
+    @property
+    def tokens(self) -> int:
+        """All, held out or not."""
+        return (self.rows + self.heldout) * self.context
+
+    @property
+    def at_once(self) -> int:
+        """Tokens of a piece."""
+        return self.piece * self.context
+
+    @property
+    def steps(self) -> int:
+        """In all epochs."""
+        return self.epochs * -(-self.rows // self.batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +176,25 @@ def _measure_kind(skeleton: Imagined, index: int, layouts: Mapping[str, PackedLa
         )
     finally:
         block.leave()
+
+
+def block_tuning_seconds(text: TuningText, tuning: Tuning, forward: float) -> float:
+    """Of tuning all blocks. forward: seconds of one token in all original blocks."""
+    heldout, train = text.heldout * text.context, text.rows * text.context
+    student = ((1 + text.epochs) * heldout + heldout + train) * tuning.forward + text.epochs * train * tuning.step
+    return (heldout + train) * forward + tuning.exchange + student
+
+
+def tuned_bytes(parameters: int) -> int:
+    """Bytes of so many parameters that are trained: masters and gradients, Adam's two moments, what is put aside for judging,
+    all in float32, and the best state in float16.
+    """
+    return parameters * (5 * torch.float32.itemsize + torch.float16.itemsize)
+
+
+def masters_bytes(layouts: Iterable[PackedLayout]) -> int:
+    """Of the scales of these layers, if no two share one: at the most."""
+    return tuned_bytes(sum(layout.in_features + layout.out_features for layout in layouts))
 
 
 def _line(one: int, two: int) -> Bytes:
