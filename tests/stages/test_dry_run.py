@@ -1,7 +1,6 @@
 """The dry run: its oracle is what the same command then writes, and what the same functions take when they run in full."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ from qtipcli.model import remote
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import memory, plan, rounding_rates
-from qtipcli.stages.dry_run import TUNING_NOT_COUNTED
 from qtipcli.stages.live_bytes import LiveBytes
 from qtipcli.stages.memory import Sizes, Text
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group, RoundingRates
 from qtipcli_kernels.spec import TrellisSpec
+from stages.short_measure import shorten, stand_in_for_hub
 from stages.tiny import FAST_OPTIONS, save_model, snapshot
 
 CPU = torch.device("cpu")
@@ -26,10 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Less time for the measurement: these tests read no time."""
-    monkeypatch.setattr(rounding_rates, "ENCODER_SECONDS", 0.0)
-    monkeypatch.setattr(rounding_rates, "SIDES", (16, 32, 48))
-    monkeypatch.setattr("qtipcli.stages.rates.BLOCK_SECONDS", 0.1)
+    shorten(monkeypatch)
 
 
 def weights_of(directory: Path) -> int:
@@ -128,30 +124,9 @@ def test_a_measured_allocation_is_refused(quantize):
     assert "not known before it is measured" in done.err
 
 
-def test_a_hub_model_is_described_by_its_headers(tiny_model, tmp_path, monkeypatch):
+def test_a_hub_model_is_described_by_its_headers(tiny_model, monkeypatch):
     """Oracle: the same model in a local directory. The Hub is stood in for by that directory."""
-    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
-
-    where: list[Path] = []
-
-    def download(name, local_dir, **how):
-        where.append(Path(local_dir))
-        for file in tiny_model.iterdir():
-            if file.suffix == ".json":
-                shutil.copyfile(file, Path(local_dir) / file.name)
-
-    def metadata(name, revision=None):
-        with safe_open(tiny_model / "model.safetensors", "pt") as reader:
-            views = {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118, no mapping
-            tensors = {
-                key: TensorInfo(dtype=view.get_dtype(), shape=view.get_shape(), data_offsets=(0, 0))
-                for key, view in views.items()
-            }
-        file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
-        return SafetensorsRepoMetadata(None, False, dict.fromkeys(tensors, "model.safetensors"), {"model.safetensors": file})
-
-    monkeypatch.setattr(remote, "snapshot_download", download)
-    monkeypatch.setattr(remote, "get_safetensors_metadata", metadata)
+    where = stand_in_for_hub(monkeypatch, tiny_model)
     settings = QuantizeSettings(state_bits=8)
 
     def stored(source: ModelSource) -> plan.Stored:
@@ -210,6 +185,12 @@ def test_streams_beyond_the_limit_are_not_in_memory():
     assert large == 3 * 8192 * 4096 + 18
 
 
-def test_what_tuning_takes_is_said_not_to_be_counted(quantize):
-    plain, tuned = (json.loads(quantize("--dry-run", "--json", *more).out)["notes"] for more in ((), ("--tune-blocks",)))
-    assert set(tuned) - set(plain) == {TUNING_NOT_COUNTED}
+def test_tuning_of_blocks_is_counted(quantize):
+    """It adds its own time and phases, on top of what it is not asked for."""
+    plain, tuned = (json.loads(quantize("--dry-run", "--json", *more).out) for more in ((), ("--tune-blocks",)))
+    assert set(tuned["seconds"]) - set(plain["seconds"]) == {"tune blocks"}
+    assert tuned["seconds"]["tune blocks"] > 0
+    assert set(tuned["ram"]) - set(plain["ram"]) == {
+        "by block, in front of the blocks", "by block, the original", "by block, training"
+    }  # fmt: skip
+    assert tuned["notes"] == plain["notes"]

@@ -101,17 +101,20 @@ def evaluate(
     as_json: bool,
     cache_gib: float | None,
     cache: Path | None,
+    against: str | None,
     **asked: Any,
 ) -> None:
     """What `qtip eval` would do. asked: as of dry_eval.of_eval."""
     from qtipcli.errors import SettingsError
     from qtipcli.hub.config import METHOD
     from qtipcli.model.remote import described
-    from qtipcli.stages import dry_eval
+    from qtipcli.stages import compare, dry_eval
     from qtipcli.stages.load import check_name
     from qtipcli.stages.measure import Keeping
 
-    if len(models) > 1 and not asked["compare"]:
+    if asked["compare"]:
+        compare.checked(models, base, against)
+    elif len(models) > 1:
         raise SettingsError(f"{len(models)} models are given and one is evaluated", "say --compare to compare them")
     with ExitStack() as stack:
         sources = []

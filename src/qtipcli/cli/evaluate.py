@@ -85,7 +85,7 @@ def evaluate(
         for option in options.given(plot=plot, against=against):
             raise SettingsError(f"--{option} belongs to a comparison", "say --compare, and give several models")
     if dry_run:
-        _dry_run(directories, as_json, contexts, cache_gib, compare, own, **shared)
+        _dry_run(directories, as_json, contexts, cache_gib, against, compare, own, **shared)
         return
     if compare:
         found = _compare(directories, plot, as_json, contexts, against=against, cache_gib=cache_gib, **shared)
@@ -100,6 +100,7 @@ def _dry_run(
     as_json: bool,
     contexts: list[int],
     cache_gib: float | None,
+    against: str | None,
     compare: bool,
     own: dict[str, Any],
     trust_remote_code: bool,
@@ -107,7 +108,7 @@ def _dry_run(
     **shared: Any,
 ) -> None:
     asked = shared | {"contexts": contexts, "compare": compare} | {name: own[name] for name in own if name != "cache"}
-    dry_runs.evaluate(directories, base, trust_remote_code, as_json, cache_gib, own.get("cache"), **asked)
+    dry_runs.evaluate(directories, base, trust_remote_code, as_json, cache_gib, own.get("cache"), against, **asked)
 
 
 def _one(

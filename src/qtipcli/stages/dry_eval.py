@@ -16,7 +16,7 @@ from qtipcli.data.text import EVALUATION_DATA, EVALUATION_SPLIT, SHORT_NAMES_WIN
 from qtipcli.errors import SettingsError
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import blockwise, calibrate, evaluate, forward_rates, memory
+from qtipcli.stages import blockwise, calibrate, evaluate, forward_rates, measure, memory, zero_shot
 from qtipcli.stages.blockwise import WEIGHTS_SHARE
 from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, IN_MEMORY
@@ -104,9 +104,10 @@ def of_eval(
 
     Raises SettingsError as they do, and where a hub text has no end that is known: then say --windows.
     """
-    if base is None and (noise_floor or keeping not in (None, Keeping()) or compare):
-        raise SettingsError("the original model is needed for what was asked", "give --base MODEL")
     keeping = keeping or Keeping()
+    measure.refuse_without_original(base is not None, noise_floor, keeping)
+    if tasks:
+        zero_shot.check(tasks, stream)
     if compare and keeping.gib is None:
         keeping = Keeping(DEFAULT_CACHE_GIB)
     job = _Job(sources, base, dtype, noise_floor, keeping, compare)

@@ -131,7 +131,7 @@ def width_of(skeleton: Imagined) -> int:
     return skeleton.model.get_input_embeddings().embedding_dim
 
 
-class _Fixed(evaluate.Logits):
+class FixedLogits(evaluate.Logits):
     """The same random logits for every window."""
 
     dtype = "float32"
@@ -148,7 +148,7 @@ def comparison(context: int, vocabulary: int, models: int, device: torch.device)
     positions = min(context - 1, CHUNKS * max(1, evaluate.CHUNK_LOGITS // vocabulary))
     draw = torch.Generator().manual_seed(0)
     rows = Windows(torch.randint(vocabulary, (1, positions + 1), generator=draw), "random", 1, None, "none", "")
-    logits = [_Fixed(torch.randn(positions, vocabulary, generator=draw).to(device)) for _ in range(models)]
+    logits = [FixedLogits(torch.randn(positions, vocabulary, generator=draw).to(device)) for _ in range(models)]
     own, others = logits[0], logits[1:]
 
     def compare() -> None:
