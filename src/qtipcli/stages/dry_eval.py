@@ -23,8 +23,8 @@ from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, IN_MEMORY
 from qtipcli.stages.forward_rates import FORWARD_SECONDS, Forward
 from qtipcli.stages.load import computing_dtype, default_device
 from qtipcli.stages.measure import WIDER, Keeping, chosen_dtype, windows_for
-from qtipcli.stages.own_process import age_seconds, resident_bytes
-from qtipcli.stages.plan import LOAD_BYTES_PER_S, WRITE_BYTES_PER_S, Plan
+from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes
+from qtipcli.stages.plan import LOAD_BYTES_PER_S, TEXT, WRITE_BYTES_PER_S, Plan
 from qtipcli.stages.reference import DEFAULT_CACHE_GIB, FREE_SHARE
 from qtipcli.stages.room import free_bytes
 
@@ -112,7 +112,7 @@ def of_eval(
         keeping = Keeping(DEFAULT_CACHE_GIB)
     job = _Job(sources, base, dtype, noise_floor, keeping, compare)
     job.read_text(base if compare and base is not None else sources[0], data, contexts, windows)
-    start = age_seconds()
+    start, job.reading = age_seconds(), peak_bytes()
     job.choose_placement(stream)
     job.measure()
     if tasks:
@@ -144,6 +144,7 @@ class _Job:
         compare: bool,
     ) -> None:
         self.keeping, self.compare, self.device = keeping, compare, default_device()
+        self.reading = 0
         self.notes: list[str] = []
         chosen = chosen_dtype(dtype)
         narrow = computing_dtype(sources[0].config, chosen)
@@ -263,10 +264,11 @@ class _Job:
         """{"ram", "vram"}: transformers loads into RAM, also for a GPU."""
         phases = self.phases()
         if self.device.type == "cpu":
-            return {"ram": {phase: self.resident + size for phase, size in phases.items()}, "vram": {}}
+            ram = {phase: self.resident + size for phase, size in phases.items()}
+            return {"ram": {TEXT: self.reading} | ram, "vram": {}}
         self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")
         largest = max(model.block if self.stream else model.loading for model in self.models)
-        return {"ram": {"loading": self.resident + largest}, "vram": phases}
+        return {"ram": {TEXT: self.reading, "loading": self.resident + largest}, "vram": phases}
 
     def disk(self) -> dict[str, int]:
         """What -> bytes."""

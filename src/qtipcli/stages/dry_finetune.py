@@ -25,9 +25,9 @@ from qtipcli.stages.dry_run import sizes_of
 from qtipcli.stages.forward_rates import FORWARD_SECONDS
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import FLOAT
-from qtipcli.stages.own_process import age_seconds, resident_bytes
+from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes
 from qtipcli.stages.packed import PackedDirectory
-from qtipcli.stages.plan import LOAD_BYTES_PER_S, WRITE_BYTES_PER_S, Plan, Stored
+from qtipcli.stages.plan import LOAD_BYTES_PER_S, TEXT, WRITE_BYTES_PER_S, Plan, Stored
 from qtipcli.stages.progress import Silent
 from qtipcli.stages.tune_blocks import MICRO_TOKENS
 from qtipcli.stages.tuning_rates import TUNING_SECONDS, Tuning, TuningText, tuned_bytes
@@ -91,6 +91,7 @@ class _Job:
         self.packed = PackedDirectory(packed)
         self.student = ModelSource.open(str(packed), accepted_method=METHOD)
         self.rows, self.context = self._text()
+        self.reading = peak_bytes()
         self.heldout = finetune.heldout_of(self.rows, settings)
         self.kinds: dict[str, TuningSettings] = {}
         if settings.blocks is not None:
@@ -204,11 +205,12 @@ class _Job:
         """{"ram", "vram"}: on a GPU hidden states wait in RAM."""
         phases = self.phases()
         if self.device.type == "cpu":
-            return {"ram": {phase: self.resident + size for phase, size in phases.items()}, "vram": {}}
+            ram = {phase: self.resident + size for phase, size in phases.items()}
+            return {"ram": {TEXT: self.reading} | ram, "vram": {}}
         self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")
         waiting = memory.held(2 * self.rows * self.context * self.sizes.token, 0, self.memory_gib)
         ram = {phase: self.resident + min(size, waiting + self.sizes.read) for phase, size in phases.items()}
-        return {"ram": ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}
+        return {"ram": {TEXT: self.reading} | ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}
 
     def stored(self) -> Stored:
         """What the tuned directory takes: as much as the packed one."""

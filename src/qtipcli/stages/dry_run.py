@@ -23,8 +23,8 @@ from qtipcli.stages import calibrate, forward_rates, memory, outer, plan, quanti
 from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT, TOKENS, block_key, load_tokenizer, model_context
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import FLOAT, Sizes, Text
-from qtipcli.stages.own_process import age_seconds, resident_bytes
-from qtipcli.stages.plan import WRITE_BYTES_PER_S, LayerKind, Plan
+from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes
+from qtipcli.stages.plan import TEXT, WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli.stages.tune_blocks import MICRO_TOKENS
@@ -151,6 +151,7 @@ class _Job:
         self.packed = packed
         self.done = _done_blocks(directory)
         self.is_calibrated, self.text, tokens = self._text(calibration, hessians)
+        self.reading = peak_bytes()
         skeleton = Imagined(source, device=self.device)
         self.notes += skeleton.notes
         self.sizes = sizes_of(skeleton)
@@ -335,11 +336,12 @@ class _Job:
         """{"ram", "vram"}: on a GPU everything but the process itself and what waits between blocks is there."""
         with_reading = {phase: size + self.sizes.read for phase, size in phases.items()}
         if self.device.type == "cpu":
-            return {"ram": {phase: self.resident + size for phase, size in with_reading.items()}, "vram": {}}
+            ram = {phase: self.resident + size for phase, size in with_reading.items()}
+            return {"ram": {TEXT: self.reading} | ram, "vram": {}}
         waiting = self.text.tokens * (2 * self.sizes.token + int(self._largest().passes.kept_bytes))
         self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")
         ram = {phase: self.resident + min(size, waiting) for phase, size in with_reading.items()}
-        return {"ram": ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}
+        return {"ram": {TEXT: self.reading} | ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}
 
     def _spec(self, names: Sequence[str]) -> TrellisSpec:
         """The trellis of a group; where its layers have several, the one that takes longest."""

@@ -33,6 +33,9 @@ WRITE_BYTES_PER_S = 200e6
 LOAD_BYTES_PER_S = 2e9
 """At which transformers loads weights that the system has in its file cache: not measured here, since none are read."""
 
+TEXT = "reading the text"
+"""The phase that a dry run goes through itself."""
+
 LEFT_SHAPES = 2
 """Dimensions from which on a tensor that is left as it is gets a reason: norms and biases are never rounded."""
 
