@@ -8,10 +8,11 @@ import torch
 from safetensors import safe_open
 
 from qtipcli.config import QuantizeSettings
+from qtipcli.job.directory import RunDirectory
 from qtipcli.model import remote
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import memory, plan, rounding_rates
+from qtipcli.stages import allocate, memory, plan, rounding_rates
 from qtipcli.stages.live_bytes import LiveBytes
 from qtipcli.stages.memory import Sizes, Text
 from qtipcli.stages.rates import Passes
@@ -118,10 +119,26 @@ def test_pack_to_the_byte(quantize, qtip, tiny_model, tmp_path):
     assert found["stored"]["files"] == len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
 
 
-def test_a_measured_allocation_is_refused(quantize):
-    done = quantize("--bits", "2.4", "--dry-run")
+def test_the_budget_of_a_measured_allocation_is_that_of_the_run(quantize, tmp_path):
+    """Oracle: the table that the run decides on, and what it packs."""
+    say = ("--bits", "2.4", "--windows", 1, "--out", "out")
+    found = json.loads(quantize(*say, "--dry-run", "--json").out)
+    assert not list(tmp_path.iterdir())
+    (row,) = found["tables"]["measured allocation"]
+    assert any("not counted" in note for note in found["notes"])
+    assert "measuring layers" in found["ram"]
+    assert quantize(*say).status == 0
+    table = RunDirectory.load(tmp_path / "out.allocation.job", allocate.STAGE).report(allocate.TABLE)
+    assert row["budget_bytes"] == table["budget"]
+    assert row["best uniform"] == table["uniform"]
+    assert row["its_bytes"] == table["bytes"]["uniform"]
+    assert sum(kind["bytes"] for kind in found["layers"]) == table["bytes"]["uniform"]
+
+
+def test_a_budget_that_is_too_small_is_refused(quantize):
+    done = quantize("--size", "10KB", "--dry-run")
     assert done.status == 2
-    assert "not known before it is measured" in done.err
+    assert "is too small" in done.err
 
 
 def test_a_hub_model_is_described_by_its_headers(tiny_model, monkeypatch):

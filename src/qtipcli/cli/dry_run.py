@@ -44,20 +44,18 @@ def quantize(
     out: Path | None,
     pack_after: bool,
 ) -> None:
-    """What `qtip quantize` would do. Raises SettingsError for a measured allocation: its rates are what it measures."""
-    from qtipcli.errors import SettingsError
+    """What `qtip quantize` would do."""
     from qtipcli.model.remote import described
-    from qtipcli.stages import dry_run, pipeline
+    from qtipcli.stages import dry_allocate, dry_run, pipeline
 
-    if allocation is not None:
-        raise SettingsError(
-            "the rates of a measured allocation are not known before it is measured",
-            "leave --dry-run out, or look at the uniform rates around it: --bits 2 --dry-run",
-        )
     with described(model, revision, trust) as source:
         where = hessians or pipeline.hessians_directory(source)
         job = pipeline.job_directory(out or pipeline.output_directory(source, f"{settings.bits:g}bit"))
-        show(dry_run.of_quantize(source, calibration, settings, where, job, pack_after), as_json)
+        if allocation is None:
+            found = dry_run.of_quantize(source, calibration, settings, where, job, pack_after)
+        else:
+            found = dry_allocate.of_allocate(source, calibration, settings, allocation, where, job, pack_after)
+        show(found, as_json)
 
 
 def pack(model: str, revision: str | None, trust: bool, as_json: bool, job: Path, max_shard_size: str) -> None:

@@ -18,7 +18,6 @@ from qtipcli.model.imagined import Imagined
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import blockwise, calibrate, evaluate, forward_rates, measure, memory, zero_shot
 from qtipcli.stages.blockwise import WEIGHTS_SHARE
-from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, IN_MEMORY
 from qtipcli.stages.forward_rates import FORWARD_SECONDS, Forward
 from qtipcli.stages.load import computing_dtype, default_device
@@ -332,8 +331,7 @@ def _text(
         rows = windows_for(source.config, tokenizer, documents, context, count)
         evaluate.check_fits(source.config, rows)
         return Text(rows.rows, rows.context)
-    longest = min(calibrate.model_context(source) or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
-    context = context or longest
+    context = calibrate.context_of(source, context)
     if count is None and (data or EVALUATION_DATA) != EVALUATION_DATA:
         raise SettingsError(f"how long {data} is is not known before it is read", "say --windows N")
     return Text(count or max(1, WIKITEXT2_TOKENS // context), context)

@@ -20,7 +20,6 @@ from qtipcli.model.imagined import Imagined
 from qtipcli.model.source import ModelSource
 from qtipcli.nn import swap
 from qtipcli.stages import blockwise, calibrate, distill, finetune, forward_rates, memory, pack, plan, tuning_rates
-from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT
 from qtipcli.stages.dry_run import sizes_of
 from qtipcli.stages.forward_rates import FORWARD_SECONDS
 from qtipcli.stages.load import default_device
@@ -107,8 +106,7 @@ class _Job:
             return windows.rows, windows.context
         asked = self.settings.samples + self.settings.heldout
         self.notes.append(f"{data} is not read: {asked} windows of it are taken to be there")
-        longest = calibrate.model_context(self.source) or LONGEST_DEFAULT_CONTEXT
-        return asked, self.settings.context or min(LONGEST_DEFAULT_CONTEXT, longest)
+        return asked, calibrate.context_of(self.source, self.settings.context)
 
     def text_of(self, kind: str, settings: TuningSettings) -> TuningText:
         """How the text goes through: in pieces of so many windows."""

@@ -20,7 +20,7 @@ from qtipcli.model.linears import InputGroup, find_linears
 from qtipcli.model.source import ModelSource
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.stages import calibrate, forward_rates, memory, outer, plan, quantize, rates, rounding_rates, tuning_rates
-from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT, TOKENS, block_key, load_tokenizer, model_context
+from qtipcli.stages.calibrate import TOKENS, block_key, load_tokenizer
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import FLOAT, Sizes, Text
 from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes
@@ -176,7 +176,7 @@ class _Job:
             tokens = calibrate.load_windows(self.source, settings).tokens
             return False, Text(*tokens.shape), tokens
         self.notes.append(f"{data} is not read: {settings.samples} windows of it are taken to be there")
-        context = settings.context or min(LONGEST_DEFAULT_CONTEXT, model_context(self.source) or LONGEST_DEFAULT_CONTEXT)
+        context = calibrate.context_of(self.source, settings.context)
         text = Text(settings.samples, context)
         tokens = torch.randint(len(tokenizer), (min(settings.samples, text.batch // context), context))
         return False, text, tokens

@@ -159,7 +159,7 @@ def block_tuning_phases(
 ) -> dict[str, int]:
     """Phase -> bytes. passing: of a piece on its way through an original block; masters: of what is trained of a block."""
     streams = held(2 * text.tokens * sizes.token, 2 * text.at_once * sizes.token, gib)
-    flowing = streams + sizes.block
+    flowing = streams * (HEAP_COPIES if text.at_once * sizes.token < HEAP_TENSOR else 1) + sizes.block
     return {
         "by block, in front of the blocks": sizes.outer + max(sizes.block, streams // 2),
         "by block, the original": flowing + passing,
