@@ -211,3 +211,17 @@ def test_tuning_of_blocks_is_counted(quantize):
         "by block, in front of the blocks", "by block, the original", "by block, training"
     }  # fmt: skip
     assert tuned["notes"] == plain["notes"]
+
+
+def test_push_names_the_files_without_asking_anybody(qtip, own_packed, monkeypatch):
+    """Oracle: the directory's own files, all but hidden ones; the card's use names the repository, and may be longer."""
+    monkeypatch.setattr("qtipcli.stages.push.Repository.open", lambda *arguments: pytest.fail("the Hub was asked"))
+    done = qtip("push", own_packed, "me/model", "--dry-run", "--json")
+    assert done.status == 0, done.err
+    rows = {row["file"]: row["bytes"] for row in json.loads(done.out)["tables"]["files"]}
+    there = {file.name: file.stat().st_size for file in own_packed.iterdir() if not file.name.startswith(".")}
+    assert rows.keys() == there.keys()
+    assert {name: size for name, size in rows.items() if name != "README.md"} == {
+        name: size for name, size in there.items() if name != "README.md"
+    }
+    assert qtip("push", own_packed / "absent", "me/model", "--dry-run").status != 0

@@ -123,6 +123,13 @@ def evaluate(
         show(dry_eval.of_eval(sources, original, keeping=Keeping(cache_gib, cache), **asked), as_json)
 
 
+def push(directory: Path, repository: str, revision: str | None, as_json: bool) -> None:
+    """What `qtip push` would send."""
+    from qtipcli.stages import dry_push
+
+    show(dry_push.of_push(directory, repository, revision), as_json)
+
+
 def show(plan: Plan, as_json: bool) -> None:
     """Print it."""
     if as_json:
