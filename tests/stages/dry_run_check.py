@@ -67,9 +67,7 @@ def run(words: list[str]) -> dict[str, Any]:
         "dry_run_s": round(dry_wall, 1),
         "phases_MB": {phase: round(size / 1e6) for phase, size in predicted["ram"].items()},
         "steps_s": {step: [round(predicted["seconds"][step], 2), round(cpu["seconds"][step], 2)] for step in cpu["seconds"]},
-        "measured_steps_s": _steps(
-            begun, [started + wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6], started
-        ),
+        "measured_steps_s": _steps(begun, started, taken),
     }
     stored = _stored(words)
     if stored is not None and predicted["stored"] is not None:
