@@ -33,6 +33,9 @@ from qtipcli.stages.tuning_rates import TUNING_SECONDS, Tuning, TuningText, tune
 from qtipcli.tune.descent import largest_divisor
 from qtipcli.tune.parameters import Rates, Trained
 
+BY_BLOCK, END = "by block", "end to end"
+"""The kinds of tuning."""
+
 
 def of_finetune(source: ModelSource, packed: Path, settings: FinetuneSettings, out: Path, memory_gib: float) -> Plan:
     """The plan of finetune.run in one process. Raises what it raises of settings, directory and local text."""
@@ -94,9 +97,9 @@ class _Job:
         self.heldout = finetune.heldout_of(self.rows, settings)
         self.kinds: dict[str, TuningSettings] = {}
         if settings.blocks is not None:
-            self.kinds["by block"] = settings.blocks
+            self.kinds[BY_BLOCK] = settings.blocks
         if settings.end_to_end is not None:
-            self.kinds["end to end"] = settings.end_to_end
+            self.kinds[END] = settings.end_to_end
 
     def _text(self) -> tuple[int, int]:
         """(windows, tokens in each). A hub text is not read."""
@@ -111,7 +114,7 @@ class _Job:
     def text_of(self, kind: str, settings: TuningSettings) -> TuningText:
         """How the text goes through: in pieces of so many windows."""
         most = MICRO_TOKENS // self.context
-        if kind == "end to end":
+        if kind == END:
             most = distill.most_rows(self.context, self.vocabulary)
         piece = largest_divisor(settings.batch, most)
         return TuningText(self.rows - self.heldout, self.heldout, self.context, settings.epochs, settings.batch, piece)
@@ -133,7 +136,7 @@ class _Job:
         self.resident = resident_bytes()
 
     def _measured(self, skeleton: Imagined, kind: str, settings: TuningSettings) -> Tuning:
-        whole = kind == "end to end"
+        whole = kind == END
         return tuning_rates.measure_tuning(
             skeleton,
             self.packed.layouts,
@@ -157,7 +160,7 @@ class _Job:
         for name in vectors:
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(self.packed.read(name), requires_grad=False)
-        if kind == "by block":
+        if kind == BY_BLOCK:
             prefixes = tuple(f"{name}." for name, _ in Imagined(self.source).blocks)
             vectors = {name: dtype for name, dtype in vectors.items() if name.startswith(prefixes)}
         trained = Trained(model, "", vectors, Rates(settings.learning_rate, settings.norm_rate, settings.lut_rate))
@@ -185,13 +188,13 @@ class _Job:
         student = memory.Student(loading, self.decoded, self.vocabulary, self.memory_gib)
         found: dict[str, int] = {}
         if self.settings.blocks is not None:
-            name = "by block"
+            name = BY_BLOCK
             block = self.masters[name].in_memory // self.sizes.blocks
             text, tuning = self.texts[name], self.tuning[name]
             found |= memory.block_tuning_phases(self.sizes, text, tuning, self.forward.peak, block, self.memory_gib)
-            found["by block, verdict"] = memory.verdict(self.sizes, text, student, self.head)
+            found[f"{BY_BLOCK}, verdict"] = memory.verdict(self.sizes, text, student, self.head)
         if self.settings.end_to_end is not None:
-            name = "end to end"
+            name = END
             text, tuning, trained = self.texts[name], self.tuning[name], self.masters[name].in_memory
             saves = self.settings.end_to_end.gradient_checkpointing
             found |= memory.end_tuning_phases(
@@ -230,10 +233,10 @@ class _Job:
         tokens = self.rows * self.context
         for kind, masters in self.masters.items():
             result = masters.stored
-            if kind == "end to end" and self.texts[kind].steps > self.kinds[kind].checkpoint_every:
+            if kind == END and self.texts[kind].steps > self.kinds[kind].checkpoint_every:
                 result += (2 if self.texts[kind].steps > 2 * self.kinds[kind].checkpoint_every else 1) * masters.saved
             found[f"{kind}, saved states"] = result
-            streams = (2 if kind == "by block" else 1) * tokens * self.sizes.token
+            streams = (2 if kind == BY_BLOCK else 1) * tokens * self.sizes.token
             if memory.held(streams, 0, self.memory_gib) == 0:
                 found[f"{kind}, activations, while it runs"] = streams
         return found
@@ -246,7 +249,7 @@ class _Job:
         for kind, settings in self.kinds.items():
             text, tuning = self.texts[kind], self.tuning[kind]
             heldout, train = text.heldout * self.context, text.rows * self.context
-            if kind == "by block":
+            if kind == BY_BLOCK:
                 found["tune blocks"] = tuning_rates.block_tuning_seconds(text, tuning, forward)
                 judging = 2 * heldout * (tuning.packed + self.head.judge)
                 found["verdict on the blocks"] = loading + heldout * forward + judging
@@ -269,7 +272,7 @@ class _Job:
                 "parameters": self.masters[kind].parameters,
                 "tensors": self.masters[kind].names,
                 "epochs": settings.epochs,
-                "steps": self.texts[kind].steps * (self.sizes.blocks if kind == "by block" else 1),
+                "steps": self.texts[kind].steps * (self.sizes.blocks if kind == BY_BLOCK else 1),
                 "windows in a step": settings.batch,
                 "at once": self.texts[kind].piece,
             }
