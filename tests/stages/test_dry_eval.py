@@ -19,7 +19,7 @@ def short(monkeypatch):
     shorten(monkeypatch)
     monkeypatch.setattr(dry_eval, "FORWARD_SECONDS", 0.0)
     # What is said is then what the evaluation adds to the process, which no two runs agree on to the byte.
-    monkeypatch.setattr(dry_eval, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(dry_eval, "settled_bytes", lambda: 0)
 
 
 def test_text_and_passes_are_those_of_the_run(qtip, own_packed, tiny_model, text):

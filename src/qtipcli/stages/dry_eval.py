@@ -22,7 +22,7 @@ from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, IN_MEMORY
 from qtipcli.stages.forward_rates import FORWARD_SECONDS, Forward
 from qtipcli.stages.load import computing_dtype, default_device
 from qtipcli.stages.measure import WIDER, Keeping, chosen_dtype, windows_for
-from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes
+from qtipcli.stages.own_process import age_seconds, peak_bytes, settled_bytes
 from qtipcli.stages.plan import LOAD_BYTES_PER_S, TEXT, WRITE_BYTES_PER_S, Plan
 from qtipcli.stages.reference import DEFAULT_CACHE_GIB, FREE_SHARE
 from qtipcli.stages.room import free_bytes
@@ -189,7 +189,7 @@ class _Job:
         beside = 2 if self.compare else len(self.models)
         vocabulary = self.models[0].vocabulary
         self.comparisons = [forward_rates.comparison(text.context, vocabulary, beside, self.device) for text in self.texts]
-        self.resident = resident_bytes()
+        self.resident = settled_bytes()
 
     def _measured(self, source: ModelSource, role: str, dtype: torch.dtype, allowed: float) -> _Model:
         skeleton = Imagined(source, dtype, self.device, blockwise.packed_modules_of(source))

@@ -24,7 +24,7 @@ from qtipcli.stages.dry_run import sizes_of
 from qtipcli.stages.forward_rates import FORWARD_SECONDS
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import FLOAT
-from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes
+from qtipcli.stages.own_process import age_seconds, peak_bytes, settled_bytes
 from qtipcli.stages.packed import PackedDirectory
 from qtipcli.stages.plan import LOAD_BYTES_PER_S, TEXT, WRITE_BYTES_PER_S, Plan, Stored
 from qtipcli.stages.progress import Silent
@@ -133,7 +133,7 @@ class _Job:
         self.forward = forward_rates.measure_forward(skeleton, piece, self.context, FORWARD_SECONDS / 3)
         self.tuning = {kind: self._measured(skeleton, kind, settings) for kind, settings in self.kinds.items()}
         self.masters = {kind: self._masters(kind, settings) for kind, settings in self.kinds.items()}
-        self.resident = resident_bytes()
+        self.resident = settled_bytes()
 
     def _measured(self, skeleton: Imagined, kind: str, settings: TuningSettings) -> Tuning:
         whole = kind == END

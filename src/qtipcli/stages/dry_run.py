@@ -22,8 +22,8 @@ from qtipcli.nn.layout import PackedLayout
 from qtipcli.stages import calibrate, forward_rates, memory, outer, plan, quantize, rates, rounding_rates, tuning_rates
 from qtipcli.stages.calibrate import TOKENS, block_key, load_tokenizer
 from qtipcli.stages.load import default_device
-from qtipcli.stages.memory import FLOAT, Sizes, Text
-from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes
+from qtipcli.stages.memory import EARLY, FLOAT, Sizes, Text
+from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes, settled_bytes
 from qtipcli.stages.plan import TEXT, WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
@@ -192,6 +192,7 @@ class _Job:
             share = len(alike)
             passes = rates.measure_passes(skeleton, indices[0], groups, rows, self.settings.two_sided, prefix, share)
             self.kinds.append(_Kind(indices, groups, passes))
+        self.early = settled_bytes()
         self.names = [name for name, _ in skeleton.blocks]
         self.linears = {
             f"{name}.{layer}": (linear.out_features, linear.in_features)
@@ -212,7 +213,7 @@ class _Job:
             for spec in {layout.spec for layout in self.packed.values()}:
                 self.encoders[spec] = rounding_rates.encoder_rate(spec, self.settings.fast, self.device)
             self.rounding = rounding_rates.rounding_rates(self.settings, self.device)
-        self.resident = resident_bytes()
+        self.resident = settled_bytes()
 
     def _measure_tuning(self, skeleton: Imagined, settings: BlockTuning) -> None:
         """Train one block of each kind, on as many tokens at once as the stage does."""
@@ -336,7 +337,7 @@ class _Job:
         """{"ram", "vram"}: on a GPU everything but the process itself and what waits between blocks is there."""
         with_reading = {phase: size + self.sizes.read for phase, size in phases.items()}
         if self.device.type == "cpu":
-            ram = {phase: self.resident + size for phase, size in with_reading.items()}
+            ram = {phase: size + (self.early if phase in EARLY else self.resident) for phase, size in with_reading.items()}
             return {"ram": {TEXT: self.reading} | ram, "vram": {}}
         waiting = self.text.tokens * (2 * self.sizes.token + int(self._largest().passes.kept_bytes))
         self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")

@@ -33,6 +33,9 @@ HEAP_COPIES = 2
 """What is kept in the heap among tensors that come and go leaves as much between itself: measured, docs/memory.md."""
 
 
+EARLY = ("calibrate, in front of the blocks", "calibrate, inputs of a block", "output side, predictions")
+"""Phases in front of the first that loads the compiled kernels, a hundred megabytes."""
+
 HEAP_WASTE = 1.4
 """What waits for the way back in the heap takes over its own size: 1.3 and 1.5 were measured on the two smallest models."""
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import resource
 from pathlib import Path
+
+from qtipcli.model.skeleton import give_back_freed_memory
 
 
 def resident_bytes() -> int:
     """Memory of this process that is in RAM now."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+
+def settled_bytes() -> int:
+    """Memory of this process behind a measurement, once what was freed is given back, as stages do after each block."""
+    gc.collect()
+    give_back_freed_memory()
+    return resident_bytes()
 
 
 def peak_bytes() -> int:
