@@ -3,14 +3,18 @@
 import json
 
 import pytest
+import torch
 from safetensors import safe_open
 
+from qtipcli.data.windows import Windows
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import dry_eval, evaluate, forward_rates
 from qtipcli.stages.live_bytes import LiveBytes
+from qtipcli.stages.own_process import growth_bytes
 from stages.short_measure import shorten, stand_in_for_hub
 from stages.tiny import VOCABULARY, snapshot
 
+CPU = torch.device("cpu")
 SAY = ("--context", 32, "--windows", 5)
 
 
@@ -92,21 +96,32 @@ def test_memory_is_that_of_a_comparison(qtip, tiny_model, text, own_packed):
     assert together["loading"] >= weights(own_packed) + weights(tiny_model)
     kept = peak(own_packed, "--cache-gib", 1)
     assert kept["loading"] == weights(tiny_model)
-    assert together["comparing"] - kept["comparing"] == weights(tiny_model)
+    assert together["loading"] - kept["loading"] >= weights(own_packed)
     streamed = peak(own_packed, "--stream")
     assert "loading" not in streamed
     assert streamed["blocks, one at a time"] < together["loading"]
 
 
 def test_what_a_comparison_takes_is_what_it_takes_in_full():
-    """Oracle: the comparison of a window itself. A twentieth: the last part of a window is shorter."""
-    seconds, peak = forward_rates.comparison(300, 50_000, 2, evaluate.torch.device("cpu"))
-    rows = evaluate.Windows(evaluate.torch.zeros(1, 300, dtype=evaluate.torch.int64), "", 1, None, "", "")
-    logits = [forward_rates.FixedLogits(evaluate.torch.randn(299, 50_000)) for _ in range(2)]
+    """Oracle: a whole window, too large for the heap, whose logits are counted. A twentieth: the last part is shorter."""
+    seconds, most = forward_rates.comparison(300, 50_000, 2, CPU)
+    rows = Windows(torch.zeros(1, 300, dtype=torch.int64), "", 1, None, "", "")
+    own, original = (forward_rates.RandomLogits(299, 50_000, CPU) for _ in range(2))
     with LiveBytes() as live:
-        evaluate.predict(logits[0], rows, logits[1])
-    assert peak == pytest.approx(live.peak, rel=0.05)
+        evaluate.predict(own, rows, original)
+    assert most == pytest.approx(live.peak, rel=0.05)
     assert seconds > 0
+
+
+def test_logits_in_the_heap_take_more_than_their_own_size():
+    """Oracle: their size; what the C library leaves unused comes on top, and is not many times more."""
+    size = 2 * 256 * 20_000 * 4
+    assert size < forward_rates.comparison(256, 20_000, 2, CPU)[1] < 6 * size
+
+
+def test_growth_is_what_a_call_adds_for_a_while():
+    """Oracle: a tensor of 64 MB that is gone when the call ends; pages are touched."""
+    assert growth_bytes(lambda: torch.ones(16_000_000)) == pytest.approx(64e6, rel=0.1)
 
 
 def test_a_hub_model_is_described_by_its_headers(qtip, tiny_model, text, monkeypatch):
@@ -117,7 +132,9 @@ def test_a_hub_model_is_described_by_its_headers(qtip, tiny_model, text, monkeyp
     done = qtip("eval", "org/model", "--base", "org/model", *say)
     assert done.status == 0, done.err
     hub = json.loads(done.out)
-    assert {**hub["ram"], "reading the text": 0} == {**local["ram"], "reading the text": 0}
+    # These two are measured, and no two measurements are equal.
+    measured = {"reading the text": 0, "comparing": 0}
+    assert hub["ram"] | measured == local["ram"] | measured
     assert [row | {"model": ""} for row in hub["tables"]["models"]] == [
         row | {"model": ""} for row in local["tables"]["models"]
     ]

@@ -256,7 +256,7 @@ class _Job:
                 made += model.logits(text)
                 passing = 0 if self.stream or model in read else model.forward[index].peak
                 found["a window's logits"] = max(found.get("a window's logits", 0), before + made + passing)
-            found["comparing"] = max(found.get("comparing", 0), before + made + self.comparisons[index][1])
+            found["comparing"] = max(found.get("comparing", 0), before + self.comparisons[index][1])
         return found
 
     def on_devices(self) -> dict[str, dict[str, int]]:

@@ -19,6 +19,7 @@ from qtipcli.nn.linear import TrellisLinear
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import evaluate, rates
 from qtipcli.stages.live_bytes import LiveBytes
+from qtipcli.stages.own_process import growth_bytes
 from qtipcli.stages.rates import LARGEST_HEAD, PROBE_TOKENS
 from qtipcli.stages.timing import elapsed, mean_elapsed
 
@@ -31,8 +32,14 @@ HEAD_SECONDS = 0.3
 PASSES = 4
 """Through a block, at least, that time is the mean of: what else the machine does strikes some of them."""
 
-CHUNKS = 2
-"""Parts of a window's logits that a comparison is measured on: one may be the last and short."""
+HEAP_WINDOWS = 6
+"""Windows after which the holes that logits leave in the heap grow no more: tried with 1 to 15."""
+
+HEAP_TENSOR = 32 << 20
+"""Below this size the C library may serve a tensor from its heap (M_MMAP_THRESHOLD in mallopt(3))."""
+
+CHUNKS = 16
+"""Parts of a window's logits that a comparison is measured on: the last may be short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,30 +138,37 @@ def width_of(skeleton: Imagined) -> int:
     return skeleton.model.get_input_embeddings().embedding_dim
 
 
-class FixedLogits(evaluate.Logits):
-    """The same random logits for every window."""
+class RandomLogits(evaluate.Logits):
+    """Logits of so many positions, made when they are asked for."""
 
     dtype = "float32"
 
-    def __init__(self, logits_PV: Tensor) -> None:
-        self._logits_PV = logits_PV
+    def __init__(self, positions: int, vocabulary: int, device: torch.device) -> None:
+        self._shape, self._device = (positions + 1, vocabulary), device
 
     def logits(self, index: int) -> Tensor:
-        return self._logits_PV
+        return torch.full(self._shape, 0.5, device=self._device)[:-1]
 
 
 def comparison(context: int, vocabulary: int, models: int, device: torch.device) -> tuple[float, int]:
-    """(seconds, most bytes alive beside the logits) of comparing one window's logits of `models` models: 1 to 3."""
-    positions = min(context - 1, CHUNKS * max(1, evaluate.CHUNK_LOGITS // vocabulary))
-    draw = torch.Generator().manual_seed(0)
-    rows = Windows(torch.randint(vocabulary, (1, positions + 1), generator=draw), "random", 1, None, "none", "")
-    logits = [FixedLogits(torch.randn(positions, vocabulary, generator=draw).to(device)) for _ in range(models)]
-    own, others = logits[0], logits[1:]
+    """(seconds, most bytes) of one window's logits of `models` models, 1 to 3, and of comparing them.
+
+    Logits that the C library serves from its heap leave holes there: some windows of them are gone through. Larger ones are
+    counted.
+    """
+    in_heap = device.type == "cpu" and context * vocabulary * torch.float32.itemsize < HEAP_TENSOR
+    positions = context - 1 if in_heap else min(context - 1, CHUNKS * max(1, evaluate.CHUNK_LOGITS // vocabulary))
+    windows = HEAP_WINDOWS if in_heap else 1
+    tokens = torch.zeros(windows, positions + 1, dtype=torch.int64)
+    rows = Windows(tokens, "random", windows, None, "none", "")
+    own, *others = (RandomLogits(positions, vocabulary, device) for _ in range(models))
 
     def compare() -> None:
         evaluate.predict(own, rows, *others)
 
-    compare()
+    grown = growth_bytes(compare)
     with LiveBytes() as live:
         compare()
-    return mean_elapsed(compare, device, HEAD_SECONDS) * (context - 1) / positions, live.peak
+    missing = models * (context - 1 - positions) * vocabulary * torch.float32.itemsize
+    seconds = mean_elapsed(compare, device, HEAD_SECONDS) * (context - 1) / positions / windows
+    return seconds, max(grown, live.peak) + missing

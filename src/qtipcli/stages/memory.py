@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qtipcli.stages.backward import LEAST_BATCHES, MICRO_TOKENS, MOST_TOKENS
 from qtipcli.stages.calibrate import BATCH_TOKENS
+from qtipcli.stages.forward_rates import HEAP_TENSOR
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
@@ -25,9 +26,6 @@ NORM_COPIES = 4
 LOGIT_COPIES = 3
 """The logits of a batch, their probabilities, and those cumulated."""
 
-
-HEAP_TENSOR = 32 << 20
-"""Below this size the C library may serve a tensor from its heap (M_MMAP_THRESHOLD in mallopt(3))."""
 
 HEAP_COPIES = 2
 """What is kept in the heap among tensors that come and go leaves as much between itself: measured, docs/memory.md."""
