@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
+from qtipcli.model import dequantized
 from qtipcli.model.hub_errors import at, hub_errors, near_folder
 
 CONFIG_FILE = "config.json"
@@ -31,8 +32,8 @@ _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "
 _CODE_FILES = ("*.py",)
 OTHER_COPIES = ("onnx/*", "openvino/*", "original/*", "coreml/*")
 
-# The dtypes a float checkpoint holds, by safetensors' names for them (safetensors format description). FP8 and the packed
-# 4-bit kinds are left out on purpose: such a checkpoint is quantized already.
+# The dtypes that are read, by safetensors' names for them (safetensors format description). Others are left out on purpose:
+# such a checkpoint is quantized already.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +45,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    **dequantized.DTYPES,
 }
 
 # How classes that predict the next token are called in a config's "architectures"; "...Model" is one saved without its head.
@@ -69,18 +71,25 @@ class ModelSource:
         slug: the name as a part of a file name.
         config: the transformers config.
         trust_remote_code: whether code in the directory may run.
-        tensor_names: every tensor of the checkpoint, shard by shard.
+        tensor_names: every tensor of the checkpoint, shard by shard; of one that is stored in FP8 or MXFP4, what it stands for.
         shards: the safetensors files that hold them, sorted by name.
     """
 
     def __init__(
-        self, directory: Path, name: str, config: PreTrainedConfig, tensors: dict[str, StoredTensor], trust_remote_code: bool
+        self,
+        directory: Path,
+        name: str,
+        config: PreTrainedConfig,
+        fields: dict[str, Any],
+        tensors: dict[str, StoredTensor],
+        trust_remote_code: bool,
     ) -> None:
         self.directory = directory
         self.name = name
         self.config = config
         self.trust_remote_code = trust_remote_code
-        self._tensors = tensors
+        self._stored = tensors
+        self._tensors: dict[str, StoredTensor | dequantized.Scaled] = dequantized.logical(tensors, fields, name)
 
     @classmethod
     def open(
@@ -117,16 +126,18 @@ class ModelSource:
         tensors: dict[str, StoredTensor] | None = None,
     ) -> ModelSource:
         """As `open`, of a directory that is there. tensors: what its weights are, where only the rest of it is there."""
-        _refuse_quantized(_read_json(directory / CONFIG_FILE), name, accepted_method)
+        fields = _read_json(directory / CONFIG_FILE)
+        _refuse_quantized(fields, name, accepted_method)
         config = _load_config(directory, name, trust_remote_code)
-        if accepted_method is not None and hasattr(config, "quantization_config"):
-            del config.quantization_config
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config  # of what is read from here on it is not true
         _refuse_other_tasks(config, name)
         if tensors is None:
             tensors = {}
             for shard, expected in _shard_contents(directory, name).items():
                 tensors |= _read_header(shard, expected)
-        return cls(directory, name, config, tensors, trust_remote_code)
+        return cls(directory, name, config, fields, tensors, trust_remote_code)
 
     @property
     def slug(self) -> str:
@@ -140,7 +151,7 @@ class ModelSource:
 
     @property
     def shards(self) -> list[Path]:
-        return sorted({tensor.shard for tensor in self._tensors.values()})
+        return sorted({tensor.shard for tensor in self._stored.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the checkpoint, without reading it."""
@@ -151,14 +162,19 @@ class ModelSource:
         return self._tensors[name].dtype
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """Reads one tensor as stored, on the CPU. The file is mapped, so memory is taken as the values are used.
+        """Reads one tensor, on the CPU: as stored, or what it stands for. The file is mapped, so memory is taken as the values
+        are used.
 
         row: index in its first dimension, of the one part to be read; None for all of it.
 
         Raises:
             CorruptError: the shard is not what it was when the model was opened.
         """
-        shard = self._tensors[name].shard
+        tensor = self._tensors[name]
+        return tensor.read(self._read, row) if isinstance(tensor, dequantized.Scaled) else self._read(name, row)
+
+    def _read(self, name: str, row: int | None) -> Tensor:
+        shard = self._stored[name].shard
         try:
             # Opened anew each time: pages of a mapping that stays open would add up to the whole model.
             with safe_open(shard, framework="pt") as file:
@@ -262,7 +278,7 @@ def _refuse_quantized(config: dict[str, Any], name: str, accepted_method: str | 
         stated = part.get("quantization_config") or part.get("compression_config")
         if stated:
             method = stated.get("quant_method", "unnamed method") if isinstance(stated, dict) else "unnamed method"
-            if method == accepted_method:
+            if method == accepted_method or method in dequantized.METHODS:
                 continue
             raise QtipError(
                 f"{name} is already quantized ({method})", "start from the original model with its bf16 or fp16 weights"

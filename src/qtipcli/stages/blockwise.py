@@ -20,6 +20,7 @@ from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError
 from qtipcli.hub.config import METHOD, QtipConfig
 from qtipcli.hub.quantizer import QtipHfQuantizer
+from qtipcli.model import dequantized
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import CONFIG_FILE, ModelSource
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, Logits, ModelLogits, check_fits, device_name
@@ -99,10 +100,10 @@ def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code
 
 def packed_modules_of(source: ModelSource) -> Callable[[PreTrainedModel], None] | None:
     """What puts the packed modules of a packed model into its skeleton, for Skeleton's `prepare`; None of a plain model."""
-    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8")).get("quantization_config")
-    if fields is None:
+    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    if "quantization_config" not in fields or dequantized.is_one(fields):
         return None
-    quantizer = QtipHfQuantizer(QtipConfig(**fields))
+    quantizer = QtipHfQuantizer(QtipConfig(**fields["quantization_config"]))
     files = source.shards if all(shard.is_file() for shard in source.shards) else None
     return lambda model: quantizer.place_modules(model, files)
 

@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 import qtipcli  # noqa: F401, registers the format with transformers
 from qtipcli.errors import QtipError
 from qtipcli.job import launcher
+from qtipcli.model import dequantized
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import ModelSource
 
 
 def default_device() -> torch.device:
@@ -38,9 +41,22 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None, trust
     Raises QtipError with what transformers says where it cannot be loaded.
     """
     device = default_device()
+    if dequantized.is_one(load_config(name_or_path, trust_remote_code).to_dict()):
+        return _load_dequantized(name_or_path, dtype, trust_remote_code)
     chosen = dtype or ("auto" if device.type == "cuda" else torch.float32)
     model = _loaded(AutoModelForCausalLM, name_or_path, dtype=chosen, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
+
+
+def _load_dequantized(name_or_path: str | Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
+    """A model that is stored in FP8 or MXFP4, whose own kernels run on few GPUs: as calibration and rounding see it."""
+    source = ModelSource.open(name_or_path, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton(source, computing_dtype(source.config, dtype), default_device())
+    for index in range(len(skeleton.blocks)):
+        skeleton.materialize(index)
+    skeleton.materialize_outer(head=True)
+    skeleton.model.config.use_cache = True
+    return skeleton.model
 
 
 def computing_dtype(config: PreTrainedConfig, dtype: torch.dtype | None) -> torch.dtype:
