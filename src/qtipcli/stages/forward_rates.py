@@ -166,7 +166,7 @@ def comparison(context: int, vocabulary: int, models: int, device: torch.device)
     def compare() -> None:
         evaluate.predict(own, rows, *others)
 
-    grown = growth_bytes(compare)
+    grown = growth_bytes(compare) if in_heap else 0
     with LiveBytes() as live:
         compare()
     missing = models * (context - 1 - positions) * vocabulary * torch.float32.itemsize
