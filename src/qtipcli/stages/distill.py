@@ -94,7 +94,7 @@ class Student:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter is weight and (dtype := packed.dtype(name)) is not None and weight.numel():
                 return {name: dtype}
-        raise QtipError(f"the head of {packed.path} is no plain matrix", "leave --head-rate out")
+        raise no_plain_head(packed)
 
     def divergence(self, rows: Tensor, teacher_logits: Tensor, autocast: bool = False) -> Tensor:
         """KL(original || quantized) in nats, summed over the predictions that count: all but the last of each row."""
@@ -102,9 +102,19 @@ class Student:
         kind = self.model.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=autocast):
             logits = self.model(input_ids=rows, use_cache=False).logits
-        log_q = torch.log_softmax(logits[:, :-1].float(), -1)
-        log_p = torch.log_softmax(teacher_logits[:, :-1].to(log_q.device).float(), -1)
-        return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return divergence(logits, teacher_logits)
+
+
+def no_plain_head(packed: PackedDirectory) -> QtipError:
+    """What is wrong where the head is to be trained and is packed."""
+    return QtipError(f"the head of {packed.path} is no plain matrix", "leave --head-rate out")
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(original || quantized) in nats, summed over all predictions but the last of each row; both [rows, context, V]."""
+    log_q = torch.log_softmax(logits[:, :-1].float(), -1)
+    log_p = torch.log_softmax(teacher_logits[:, :-1].to(log_q.device).float(), -1)
+    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def heldout_divergence(student: Student, teacher: Teacher, share: Share, processes: Processes = ALONE) -> float:

@@ -57,7 +57,7 @@ def run(
     Raises SettingsError where there is nothing to do or `out` is taken, QtipError where `packed` is of another model.
     """
     watcher = watcher or Silent()
-    _refuse(settings, packed, out)
+    refuse(settings, packed, out)
     run_ = _Run(source, packed, settings, out, force, watcher, memory_gib, processes)
     if force or not run_.is_written():
         whole.refuse_occupied(out, force)
@@ -66,7 +66,8 @@ def run(
         return run_.run()
 
 
-def _refuse(settings: FinetuneSettings, packed: Path, out: Path) -> None:
+def refuse(settings: FinetuneSettings, packed: Path, out: Path) -> None:
+    """Raise SettingsError where there is nothing to do or `out` cannot be."""
     if settings.blocks is None and settings.end_to_end is None:
         raise SettingsError("neither kind of tuning was asked for", "say --blocks, --end-to-end or both")
     pack.refuse_surroundings(out)
@@ -92,7 +93,7 @@ class _Run:
         self.memory_gib, self.processes = memory_gib, processes
         self.packed = PackedDirectory(packed)
         with processes.main_first():
-            self.windows = _windows(source, settings, watcher)
+            self.windows = load_windows(source, settings, watcher)
         self.fingerprint = {
             "model": fingerprint_model(source.directory),
             "packed": fingerprint_model(packed),
@@ -107,8 +108,7 @@ class _Run:
 
     def _heldout(self) -> int:
         """Held-out windows: those asked for, or a fifth of a text that is too short."""
-        rows = self.windows.rows
-        return self.settings.heldout if rows > 2 * self.settings.heldout else max(1, rows // 5)
+        return heldout_of(self.windows.rows, self.settings)
 
     def _refuse_idle(self) -> None:
         """Raise SettingsError where a process would have nothing to do, and say where one will wait for others."""
@@ -262,6 +262,11 @@ class _Run:
         return self.out.with_name(f"{self.out.name}.{kind}.job")
 
 
+def heldout_of(rows: int, settings: FinetuneSettings) -> int:
+    """Held-out windows of `rows`."""
+    return settings.heldout if rows > 2 * settings.heldout else max(1, rows // 5)
+
+
 def original_of(packed: Path) -> str:
     """Where the original model lies, or its name, as a packed directory knows it. Raises QtipError where it says nothing."""
     if (local := pack.local_original(packed)) is not None:
@@ -272,7 +277,8 @@ def original_of(packed: Path) -> str:
     return name
 
 
-def _windows(source: ModelSource, settings: FinetuneSettings, watcher: Watcher) -> Windows:
+def load_windows(source: ModelSource, settings: FinetuneSettings, watcher: Watcher) -> Windows:
+    """Training and held-out windows. Raises QtipError where there is one window, and what calibrate.load_windows raises."""
     asked = settings.samples + settings.heldout
     wanted = CalibrationSettings(data=settings.data, samples=asked, context=settings.context, seed=settings.seed)
     windows = calibrate.load_windows(source, wanted)

@@ -244,7 +244,10 @@ class _Packer:
             names = [name for name in shard.keys() if name.rpartition(".")[0] == layer]  # noqa: SIM118, no mapping
             parts = {name.rpartition(".")[2]: shard.get_tensor(name) for name in names}
             found = {name.rpartition(".")[2]: shard.get_slice(name) for name in names}
-            kinds = {part: ((each.get_dtype(),), tuple(each.get_shape())) for part, each in found.items()}
+            # Beside them lie the vectors that block tuning trained, under the model's own names.
+            kinds = {
+                part: ((each.get_dtype(),), tuple(each.get_shape())) for part, each in found.items() if part not in _OF_MODEL
+            }
         stated = self.layouts[layer].tensors()
         if kinds != {part: (each.dtypes, each.shape) for part, each in stated.items() if part not in _OF_MODEL}:
             raise CorruptError(
