@@ -37,6 +37,7 @@ from qtipcli.stages import backward, calibrate, outer, streams
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.few_tokens import FEW_TOKENS, StoredMoments
 from qtipcli.stages.load import default_device
+from qtipcli.stages.output_hessians import StoredOutputs
 from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
@@ -222,16 +223,19 @@ class _Quantizer:
                 check_finite(f"{name}.weight", weight)
                 if name in moments.missing:
                     weights[name], corrections[name] = corrected(weight, *moments.missing[name])
-            packed = self._round(weights, moments.mixed(), self._outputs(index, chosen))
+            tokens, share, hessian_II = moments.tokens, moments.share, moments.mixed()
+            del moments
+            packed = self._round(weights, hessian_II, self._outputs(index, chosen))
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
                 layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
-                layers[name] |= {"tokens": moments.tokens, "shared_hessian": moments.share} if moments.share else {}
+                layers[name] |= {"tokens": tokens, "shared_hessian": share} if share else {}
                 self._announce(name, layers[name], seconds)
                 if prefix is not None:
                     layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
-                    rounded[name] = layer.weight_dense()
+                    # The original is not needed any more.
+                    rounded[name] = linears[name].weight.data = layer.weight_dense()
                 tensors |= stored
         self._note_few_tokens(stem, layers)
         return tensors, {"layers": layers, "left": left}
@@ -247,7 +251,7 @@ class _Quantizer:
 
     def _round(
         self,
-        weights: Mapping[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
         hessian_II: torch.Tensor,
         outputs: Mapping[str, OutputHessian] | None = None,
     ) -> dict[str, PackedMatrix]:
@@ -263,7 +267,7 @@ class _Quantizer:
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, hessian_II, specs, settings, luts, outputs)
+        return round_group(weights, hessian_II, specs, settings, luts, outputs, consume=True)
 
     def _outputs(self, index: int, names: list[str]) -> dict[str, OutputHessian] | None:
         """Hessians of the outputs of a group's layers; None where they are not asked for, or one had no gradients."""
@@ -274,14 +278,7 @@ class _Quantizer:
         if not all(name in layers for name in names):
             return None
         self.calibration.verify(key)
-        with self.calibration.open_shard(key) as shard:
-            return {
-                name: OutputHessian(
-                    shard.get_tensor(name).to(self.skeleton.device),
-                    math.inf if layers[name]["damping"] is None else layers[name]["damping"],
-                )
-                for name in names
-            }
+        return StoredOutputs(self.calibration, key, names, self.skeleton.device)
 
     def _spec(self, name: str) -> TrellisSpec:
         if name in self.outer:
