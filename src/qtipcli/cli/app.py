@@ -18,6 +18,7 @@ from qtipcli.cli.finetune import finetune
 from qtipcli.cli.generate import chat, generate
 from qtipcli.cli.serve import PASS_ON, serve
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
+from qtipcli.errors import SettingsError
 from qtipcli.job import launcher
 
 
@@ -67,6 +68,7 @@ def calibrate(
         bool, typer.Option("--two-sided/--one-sided", help="One of each layer's outputs, too, by one pass back.")
     ] = True,
     head: Annotated[bool, typer.Option("--head", help="That of the head's input too; it can be added later.")] = False,
+    limit_blocks: options.LimitBlocks = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -84,7 +86,7 @@ def calibrate(
     source = ModelSource.open(model, revision, trust_remote_code)
     with Display() as display:
         directory = calibrate.run(
-            source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided
+            source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided, limit_blocks
         )  # fmt: skip
     print_json({"directory": str(directory)}) if as_json else print(directory)
 
@@ -138,6 +140,7 @@ def quantize(
         bool | None, typer.Option("--fast/--exact", help="Let the first encoder pass see half the ring only.")
     ] = None,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Pack when all layers are rounded.")] = True,
+    limit_blocks: options.LimitBlocks = None,
     push_to: options.PushTo = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
@@ -163,7 +166,9 @@ def quantize(
             model, revision, trust_remote_code, as_json, calibration, settings, allocation, hessians, out, pack
         )  # fmt: skip
         return
-    pushing.check(push_to, pack)
+    if limit_blocks is not None and allocation is not None:
+        raise SettingsError("a measured allocation looks at all blocks", "leave --limit-blocks out, or give a uniform rate")
+    pushing.check(push_to, pack and limit_blocks is None)
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pipeline
 
@@ -172,13 +177,13 @@ def quantize(
     where = hessians or pipeline.hessians_directory(source)
     with Display() as display:
         if allocation is None:
-            result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack)
+            result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack, limit_blocks)
         else:
             measured = sensitivities or pipeline.sensitivities_directory(where, settings.code)
             result = pipeline.allocate_model(
                 source, calibration, settings, allocation, where, measured, target, display, force, pack
             )
-    _summarize(result, as_json, push_to) if pack else print(result)
+    _summarize(result, as_json, push_to) if result == target else print(result)
 
 
 @app.command("pack")

@@ -46,13 +46,22 @@ def missing_blocks(job: RunDirectory, count: int) -> list[int]:
     return [index for index in range(count) if not job.done(output_key(index))]
 
 
-def run(skeleton: Skeleton, tokens: Tensor, seed: int, job: RunDirectory, watcher: Watcher, memory_gib: float) -> None:
+def run(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    seed: int,
+    job: RunDirectory,
+    watcher: Watcher,
+    memory_gib: float,
+    count: int | None = None,
+) -> None:
     """Commit the output Hessians of every block to `job`, from the last to the first, going on where an earlier run stopped.
 
     tokens: int64 [rows, context]. seed: of the drawn tokens. memory_gib: hidden states beyond this go to a file.
+    count: of the first so many blocks only; the text goes through the others, too.
     Raises QtipError where the model has no gradients.
     """
-    missing = missing_blocks(job, len(skeleton.blocks))
+    missing = missing_blocks(job, len(skeleton.blocks) if count is None else count)
     if not missing:
         return
     rows = tokens[: max(1, MOST_TOKENS // tokens.shape[1])]

@@ -81,10 +81,12 @@ def run(
     watcher: Watcher | None = None,
     head: bool = False,
     two_sided: bool = False,
+    limit_blocks: int | None = None,
 ) -> Path:
     """Fill `directory` with the model's proxy Hessians, going on where an earlier run stopped; returns it.
 
-    head: also that of the head's input. two_sided: also those of the layers' outputs.
+    head: also that of the head's input. two_sided: also those of the layers' outputs. limit_blocks: of the first blocks only;
+    what is behind them, and the head, is left for another run.
     Raises MismatchError where it holds another job, StoppedError after Ctrl-C, and what reading model and data raises.
     """
     watcher = watcher or Silent()
@@ -102,12 +104,17 @@ def run(
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         if not job.done(TOKENS):
             job.commit(TOKENS, {TOKENS: windows.tokens}, {"rows": windows.rows, "context": windows.context})
-        _record(source, windows.tokens, job, watcher, head, two_sided)
+        _record(source, windows.tokens, job, watcher, head, two_sided, limit_blocks)
     return directory
 
 
 def add(
-    source: ModelSource, directory: Path, watcher: Watcher | None = None, head: bool = False, two_sided: bool = False
+    source: ModelSource,
+    directory: Path,
+    watcher: Watcher | None = None,
+    head: bool = False,
+    two_sided: bool = False,
+    limit_blocks: int | None = None,
 ) -> None:
     """Add the Hessian of the head's input, or those of layers' outputs, to finished ones.
 
@@ -118,12 +125,17 @@ def add(
     if found.fingerprint["model"] != fingerprint_model(source.directory):
         raise QtipError(f"{directory} was calibrated on another model than {source.name}", "give the Hessians of this model")
     with interruptible(), RunDirectory.open(directory, STAGE, found.settings, found.fingerprint) as job:
-        _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided)
+        _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided, limit_blocks)
 
 
-def is_complete(job: RunDirectory, skeleton: Skeleton) -> bool:
-    """Whether every decoder block's Hessians are there."""
-    return all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
+def first_blocks(count: int, limit_blocks: int | None) -> range:
+    """Which of `count` blocks a run works on that is limited to the first `limit_blocks`; None for all."""
+    return range(count if limit_blocks is None else min(limit_blocks, count))
+
+
+def is_complete(job: RunDirectory, skeleton: Skeleton, limit_blocks: int | None = None) -> bool:
+    """Whether every decoder block's Hessians are there, of the first `limit_blocks`."""
+    return all(job.done(block_key(index)) for index in first_blocks(len(skeleton.blocks), limit_blocks))
 
 
 def block_keys(job: RunDirectory) -> list[str]:
@@ -131,9 +143,9 @@ def block_keys(job: RunDirectory) -> list[str]:
     return [key for key in job.keys() if key.startswith("block-")]  # noqa: SIM118, no mapping
 
 
-def has_output_side(job: RunDirectory) -> bool:
-    """Whether the Hessians of outputs are there for every block for which those of inputs are."""
-    return not backward.missing_blocks(job, len(block_keys(job)))
+def has_output_side(job: RunDirectory, limit_blocks: int | None = None) -> bool:
+    """Whether the Hessians of outputs are there for every block for which those of inputs are, of the first `limit_blocks`."""
+    return not backward.missing_blocks(job, len(first_blocks(len(block_keys(job)), limit_blocks)))
 
 
 def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
@@ -143,22 +155,31 @@ def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
 
 
 def _record(
-    source: ModelSource, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool, two_sided: bool
+    source: ModelSource,
+    tokens: torch.Tensor,
+    job: RunDirectory,
+    watcher: Watcher,
+    head: bool,
+    two_sided: bool,
+    limit_blocks: int | None,
 ) -> None:
     skeleton = Skeleton(source, device=default_device())
     refuse_unsupported(skeleton)
     for note in skeleton.notes:
         watcher.note(note)
-    _record_inputs(skeleton, tokens, job, watcher, head)
+    blocks = first_blocks(len(skeleton.blocks), limit_blocks)
+    _record_inputs(skeleton, tokens, job, watcher, head and len(blocks) == len(skeleton.blocks), blocks)
     if two_sided:
-        backward.run(skeleton, tokens, job.settings["seed"], job, watcher, streams.DEFAULT_MEMORY_GIB)
+        backward.run(skeleton, tokens, job.settings["seed"], job, watcher, streams.DEFAULT_MEMORY_GIB, len(blocks))
 
 
-def _record_inputs(skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool) -> None:
+def _record_inputs(
+    skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool, blocks: range
+) -> None:
     if head:
         find_head(skeleton)
-    count = len(skeleton.blocks)
-    missing = [index for index in range(count) if not job.done(block_key(index))]
+    count = len(blocks)
+    missing = [index for index in blocks if not job.done(block_key(index))]
     head_missing = head and not job.done(HEAD)
     watcher.begin("calibrate", count + head, count + head - len(missing) - head_missing)
     if not missing and not head_missing:

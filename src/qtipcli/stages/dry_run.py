@@ -245,7 +245,10 @@ class _Job:
             for (group, _), spec in zip(groups, specs, strict=True)
         ]
         shapes = [group for group, _ in groups]
-        found = memory.quantize_phases(self.sizes, self.text, kind.passes, shapes, needed, self.settings.quantized_prefix)
+        stem = f"{self.names[kind.indices[0]]}."
+        changed = [any(name.removeprefix(stem) in kind.passes.changed for name in names) for _, names in groups]
+        prefix = self.settings.quantized_prefix
+        found = memory.quantize_phases(self.sizes, self.text, kind.passes, shapes, needed, prefix, changed)
         plain = self.settings.model_copy(update={"quantized_prefix": False, "two_sided": False})
         for name, layout in self._outside().items():
             group = Group((layout.out_features,), layout.in_features)

@@ -97,24 +97,30 @@ def calibrate_phases(
     back, rows = text.batch_back, text.rows_back * text.context
     streams = held((sizes.blocks + 1) * rows * sizes.token, 2 * back * sizes.token)
     squares = [FLOAT * each**2 for group in groups for each in group.outputs]
-    largest = max((bytes_ - 2 * FLOAT * each**2 for each, bytes_ in outputs.items()), default=0)
     return found | {
         "output side, predictions": streams
         + sizes.outer
         + sizes.head
         + LOGIT_COPIES * FLOAT * back * sizes.vocabulary
         + NORM_COPIES * back * sizes.token,
-        "output side, gradients of a block": streams
-        + sizes.block
-        + 2 * sum(squares)
-        + max(int(passes.backward_bytes * back), sum(squares) + largest),
+        "output side, gradients of a block": streams + sizes.block + 2 * sum(squares) + int(passes.backward_bytes * back),
+        "output side, dampings of a block": streams + sum(squares) + max(outputs.values(), default=0),
     }
 
 
 def quantize_phases(
-    sizes: Sizes, text: Text, passes: Passes, groups: Sequence[Group], rounding: Sequence[int], prefix: bool
+    sizes: Sizes,
+    text: Text,
+    passes: Passes,
+    groups: Sequence[Group],
+    rounding: Sequence[int],
+    prefix: bool,
+    changed: Sequence[bool] | None = None,
 ) -> dict[str, int]:
-    """Phase -> bytes. groups: of the block with the most, rounding: bytes that rounding each of them takes."""
+    """Phase -> bytes. groups: of the block with the most, rounding: bytes that rounding each of them takes.
+
+    changed: whether changes of its input are summed for each; None stands for yes.
+    """
     streams = kept = 0
     if prefix:
         streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token)
@@ -122,14 +128,13 @@ def quantize_phases(
         kept *= HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1
     flowing = streams + kept + sizes.block
     found: dict[str, int] = {}
-    done = 0
-    for group, needed in zip(groups, rounding, strict=True):
+    for group, needed, is_changed in zip(groups, rounding, changed or [True] * len(groups), strict=True):
         weights = FLOAT * group.inputs * sum(group.outputs)
-        sums = 4 * FLOAT * group.inputs**2 + 2 * weights + int(passes.prefix_bytes * text.batch) if prefix else 0
+        squares = 4 if is_changed else 2
+        sums = squares * FLOAT * group.inputs**2 + 2 * weights + int(passes.prefix_bytes * text.batch) if prefix else 0
         phases = {"quantize, rounding of a group": needed, "quantize, what a group is given": sums}
         for phase, bytes_ in phases.items():
-            found[phase] = max(found.get(phase, 0), flowing + done + bytes_)
-        done += weights if prefix else 0
+            found[phase] = max(found.get(phase, 0), flowing + bytes_)
     if prefix:
         passing = int((passes.forward_bytes + sizes.token) * text.batch)
         found["quantize, on to the next block"] = flowing + sizes.linears + passing

@@ -95,6 +95,10 @@ class Prefix:
             for key, tensor in seen.items():
                 self._kept[key].write(batch, tensor)
 
+    def sums_changes(self, index: int, names: Sequence[str]) -> bool:
+        """Whether `moments` of these layers also sums what has changed of their input: a second pair of sums of its square."""
+        return bool(self._group(index, names).own)
+
     def moments(self, index: int, names: Sequence[str], rounded: Mapping[str, Tensor]) -> Moments:
         """Of layers of block `index`, the last one entered, that share one input.
 

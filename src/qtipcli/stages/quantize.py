@@ -60,10 +60,12 @@ def run(
     directory: Path,
     force: bool = False,
     watcher: Watcher | None = None,
+    limit_blocks: int | None = None,
 ) -> Path:
     """Fill `directory` with the model's rounded layers, going on where an earlier run stopped; returns it.
 
-    hessians: a finished calibrate run directory of the same model.
+    hessians: a finished calibrate run directory of the same model. limit_blocks: round the first blocks only; the others, and
+    what lies outside the blocks, are left for another run.
     Raises MismatchError where either directory holds another job, QtipError where a layer cannot be rounded.
     """
     watcher = watcher or Silent()
@@ -76,7 +78,7 @@ def run(
         "calibration": fingerprint_text(repr(calibration.settings), repr(calibration.fingerprint)),
         "versions": fingerprint_versions(),
     }
-    if settings.two_sided and not calibrate.has_output_side(calibration):
+    if settings.two_sided and not calibrate.has_output_side(calibration, limit_blocks):
         raise QtipError(f"{hessians} has no Hessians of outputs", "qtip calibrate --two-sided, or quantize with --one-sided")
     frozen = settings.model_dump()
     if settings.tune_blocks is None:
@@ -86,7 +88,10 @@ def run(
             del frozen[name]  # as above
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         stage = _Quantizer(source, settings, calibration, job, watcher)
-        stage.run()
+        blocks = calibrate.first_blocks(len(stage.skeleton.blocks), limit_blocks)
+        stage.run(blocks)
+        if len(blocks) < len(stage.skeleton.blocks):
+            return directory
         stage.run_outer()
         if not job.done(CALIBRATION):
             rows = calibration.report(calibrate.TOKENS)["rows"]
@@ -115,8 +120,8 @@ class _Quantizer:
                 f"{calibration.path} has no Hessian of the head's input", "add it: qtip calibrate --head, else as before"
             )
 
-    def run(self) -> None:
-        blocks = range(len(self.skeleton.blocks))
+    def run(self, blocks: range) -> None:
+        """Round these blocks, the first ones."""
         missing = [index for index in blocks if not self.job.done(block_key(index))]
         self.watcher.begin("quantize", len(blocks), len(blocks) - len(missing))
         if missing and self.settings.tune_blocks is not None:
