@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from qtipcli.cli import dry_run as dry_runs
+from qtipcli.cli import max_memory as limits
 from qtipcli.cli import options
 from qtipcli.cli import push as pushing
 from qtipcli.cli.bench import bench_app
@@ -69,6 +70,7 @@ def calibrate(
     ] = True,
     head: Annotated[bool, typer.Option("--head", help="That of the head's input too; it can be added later.")] = False,
     limit_blocks: options.LimitBlocks = None,
+    max_memory: options.MaxMemory = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -84,10 +86,10 @@ def calibrate(
         dry_runs.calibrate(model, revision, trust_remote_code, as_json, settings, out, head, two_sided)
         return
     source = ModelSource.open(model, revision, trust_remote_code)
+    directory = out or pipeline.hessians_directory(source)
     with Display() as display:
-        directory = calibrate.run(
-            source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided, limit_blocks
-        )  # fmt: skip
+        memory_gib = limits.calibrate(max_memory, source, settings, directory, head, two_sided, display)
+        calibrate.run(source, settings, directory, force, display, head, two_sided, limit_blocks, memory_gib)
     print_json({"directory": str(directory)}) if as_json else print(directory)
 
 
@@ -141,6 +143,7 @@ def quantize(
     ] = None,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Pack when all layers are rounded.")] = True,
     limit_blocks: options.LimitBlocks = None,
+    max_memory: options.MaxMemory = None,
     push_to: options.PushTo = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
@@ -176,12 +179,15 @@ def quantize(
     target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
     where = hessians or pipeline.hessians_directory(source)
     with Display() as display:
+        memory_gib = limits.quantize(max_memory, source, calibration, settings, where, target, display)
         if allocation is None:
-            result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack, limit_blocks)
+            result = pipeline.quantize_model(
+                source, calibration, settings, where, target, display, force, pack, limit_blocks, memory_gib
+            )  # fmt: skip
         else:
             measured = sensitivities or pipeline.sensitivities_directory(where, settings.code)
             result = pipeline.allocate_model(
-                source, calibration, settings, allocation, where, measured, target, display, force, pack
+                source, calibration, settings, allocation, where, measured, target, display, force, pack, memory_gib
             )
     _summarize(result, as_json, push_to) if result == target else print(result)
 
@@ -192,6 +198,7 @@ def pack_command(
     job: Annotated[Path, typer.Argument(help="The finished run directory of `qtip quantize`: OUT.job.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the packed model goes.", show_default=False)],
     max_shard_size: Annotated[str, typer.Option(help="Of each safetensors file.")] = "5GB",
+    max_memory: options.MaxMemory = None,
     push_to: options.PushTo = None,
     remote_code: Annotated[
         bool, typer.Option("--remote-code", help="Add a file that imports qtipcli where trust_remote_code=True is given.")
@@ -211,6 +218,7 @@ def pack_command(
     from qtipcli.stages import pack
 
     source = ModelSource.open(model, revision, trust_remote_code)
+    limits.pack(max_memory, source, job, max_shard_size)
     with Display() as display:
         pack.run(source, job, out, force, max_shard_size, display, with_code=remote_code)
     _summarize(out, as_json, push_to)

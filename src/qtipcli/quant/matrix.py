@@ -15,9 +15,10 @@ from qtipcli.quant.incoherence import random_signs, rotate_hessian_, rotate_weig
 from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq, round_two_sided
 from qtipcli.quant.output_side import OutputHessian
 from qtipcli.quant.refit import refit_scales
-from qtipcli.quant.scale import rms, search_scale, source_scale, tile_rounder
+from qtipcli.quant.scale import Encode, rms, search_scale, source_scale, tile_rounder
 from qtipcli.quant.transform import Transform
 from qtipcli_kernels.codes import tabulate
+from qtipcli_kernels.dispatch import encode
 from qtipcli_kernels.packing import pack
 from qtipcli_kernels.spec import TrellisSpec
 
@@ -77,6 +78,7 @@ def round_group(
     settings: RoundingSettings,
     luts: Mapping[str, torch.Tensor | None],
     outputs: Mapping[str, OutputHessian] | None = None,
+    encode: Encode = encode,
     consume: bool = False,
 ) -> dict[str, PackedMatrix]:
     """Round layers that see the same input; they share its signs, its transform and their scale_in.
@@ -85,7 +87,7 @@ def round_group(
     done. specs: name -> trellis. luts: name -> the code's table, None where it is computed. outputs: name -> Hessian of its
     outputs, of every layer or of none: their scales weigh the layers against each other in the shared scale_in. It is asked
     for each of them three times, and none is kept: a mapping that reads them from a file keeps them out of memory.
-    consume: `weights` is emptied and `hessian_II` written over, which saves a copy of each.
+    encode: what encodes the tiles. consume: `weights` is emptied and `hessian_II` written over, which saves a copy of each.
     Deterministic: the same arguments give the same bits, whatever was rounded before. What is packed is on the CPU.
     """
     names = list(weights)
@@ -103,7 +105,7 @@ def round_group(
         if output is not None:
             sides[name] = output.damped()
         layer, decoded = _round(
-            name, weight_OI[part], specs[name], luts[name], basis, settings, output, sides.get(name), name == names[-1]
+            name, weight_OI[part], specs[name], luts[name], basis, settings, output, sides.get(name), encode, name == names[-1]
         )
         layers[name] = layer
         if decoded_OI is None:
@@ -189,6 +191,7 @@ def _round(
     settings: RoundingSettings,
     output: OutputHessian | None,
     used: Damping | None,
+    encode: Encode,
     is_last: bool,
 ) -> tuple[_RoundedLayer, torch.Tensor]:
     """(the layer, what it decodes to in the original basis, step size and signs included).
@@ -200,13 +203,13 @@ def _round(
     weight_rms = rms(turned_PJ)
     scale = settings.scale if settings.scale is not None else source_scale(spec)
     if basis.hessian_JJ is not None and weight_rms > 0:
-        scale = search_scale(turned_PJ, basis.lower_JJ, basis.hessian_JJ, spec, lut)
+        scale = search_scale(turned_PJ, basis.lower_JJ, basis.hessian_JJ, spec, lut, encode)
     if is_last:
         basis.hessian_JJ = None
     table_SV = tabulate(spec, lut).to(weight_OI.device)
     # A matrix of zeros gets step size 0, which makes its scale_out 0, whatever walk is stored.
     step_size = weight_rms / (scale * rms(table_SV))
-    target_PJ, round_tiles = turned_PJ.div_(step_size or 1.0), tile_rounder(spec, table_SV, settings.fast)
+    target_PJ, round_tiles = turned_PJ.div_(step_size or 1.0), tile_rounder(spec, table_SV, settings.fast, encode)
     if output is None or used is None:
         states, rounded_PJ = round_ldlq(target_PJ, basis.lower_JJ, round_tiles)
     else:

@@ -22,12 +22,13 @@ from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
-from qtipcli.model.inputs import AfterBlocks, BlockInput, capture_first_inputs, run_block
+from qtipcli.model.inputs import AfterBlocks, BlockInput, run_block
 from qtipcli.model.linears import HessianRecorder, InputGroup, input_groups, refuse_unsupported
 from qtipcli.model.outer import find_head
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import backward, streams
+from qtipcli.stages.fitting import default_memory_gib
 from qtipcli.stages.load import default_device
 from qtipcli.stages.progress import Silent, Watcher
 
@@ -82,11 +83,13 @@ def run(
     head: bool = False,
     two_sided: bool = False,
     limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> Path:
     """Fill `directory` with the model's proxy Hessians, going on where an earlier run stopped; returns it.
 
     head: also that of the head's input. two_sided: also those of the layers' outputs. limit_blocks: of the first blocks only;
-    what is behind them, and the head, is left for another run.
+    what is behind them, and the head, is left for another run. memory_gib: activations beyond this go to a file; None takes
+    what is sensible here. It changes no bit.
     Raises MismatchError where it holds another job, StoppedError after Ctrl-C, and what reading model and data raises.
     """
     watcher = watcher or Silent()
@@ -104,7 +107,7 @@ def run(
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         if not job.done(TOKENS):
             job.commit(TOKENS, {TOKENS: windows.tokens}, {"rows": windows.rows, "context": windows.context})
-        _record(source, windows.tokens, job, watcher, head, two_sided, limit_blocks)
+        _record(source, windows.tokens, job, watcher, head, two_sided, limit_blocks, memory_gib)
     return directory
 
 
@@ -115,6 +118,7 @@ def add(
     head: bool = False,
     two_sided: bool = False,
     limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> None:
     """Add the Hessian of the head's input, or those of layers' outputs, to finished ones.
 
@@ -125,7 +129,7 @@ def add(
     if found.fingerprint["model"] != fingerprint_model(source.directory):
         raise QtipError(f"{directory} was calibrated on another model than {source.name}", "give the Hessians of this model")
     with interruptible(), RunDirectory.open(directory, STAGE, found.settings, found.fingerprint) as job:
-        _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided, limit_blocks)
+        _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided, limit_blocks, memory_gib)
 
 
 def first_blocks(count: int, limit_blocks: int | None) -> range:
@@ -162,19 +166,27 @@ def _record(
     head: bool,
     two_sided: bool,
     limit_blocks: int | None,
+    memory_gib: float | None,
 ) -> None:
     skeleton = Skeleton(source, device=default_device())
     refuse_unsupported(skeleton)
     for note in skeleton.notes:
         watcher.note(note)
     blocks = first_blocks(len(skeleton.blocks), limit_blocks)
-    _record_inputs(skeleton, tokens, job, watcher, head and len(blocks) == len(skeleton.blocks), blocks)
+    memory_gib = default_memory_gib() if memory_gib is None else memory_gib
+    _record_inputs(skeleton, tokens, job, watcher, head and len(blocks) == len(skeleton.blocks), blocks, memory_gib)
     if two_sided:
-        backward.run(skeleton, tokens, job.settings["seed"], job, watcher, streams.DEFAULT_MEMORY_GIB, len(blocks))
+        backward.run(skeleton, tokens, job.settings["seed"], job, watcher, memory_gib, len(blocks))
 
 
 def _record_inputs(
-    skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool, blocks: range
+    skeleton: Skeleton,
+    tokens: torch.Tensor,
+    job: RunDirectory,
+    watcher: Watcher,
+    head: bool,
+    blocks: range,
+    memory_gib: float,
 ) -> None:
     if head:
         find_head(skeleton)
@@ -185,7 +197,7 @@ def _record_inputs(
     if not missing and not head_missing:
         return
     batch_rows = max(1, BATCH_TOKENS // tokens.shape[1])
-    batches = capture_first_inputs(skeleton, tokens, batch_rows)
+    batches = streams.first_inputs(skeleton, tokens.split(batch_rows), job.path, memory_gib, watcher)
     _record_blocks(skeleton, batches, missing, count if head_missing else missing[-1] + 1, job, watcher)
     if head_missing:
         checkpoint()

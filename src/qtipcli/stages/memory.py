@@ -76,16 +76,25 @@ class Text:
         return max(1, min(MICRO_TOKENS // self.context, self.rows_back // LEAST_BATCHES)) * self.context
 
 
-def held(size: int, at_once: int) -> int:
+def held(size: int, at_once: int, memory_gib: float = DEFAULT_MEMORY_GIB) -> int:
     """Bytes in memory of activations of `size` bytes, `at_once` of them worked on: beyond the limit they are in a file."""
-    return size if size <= DEFAULT_MEMORY_GIB * 2**30 else at_once
+    return size if size <= memory_gib * 2**30 else at_once
 
 
 def calibrate_phases(
-    sizes: Sizes, text: Text, passes: Passes, groups: Sequence[Group], outputs: Mapping[int, int], two_sided: bool
+    sizes: Sizes,
+    text: Text,
+    passes: Passes,
+    groups: Sequence[Group],
+    outputs: Mapping[int, int],
+    two_sided: bool,
+    memory_gib: float = DEFAULT_MEMORY_GIB,
 ) -> dict[str, int]:
-    """Phase -> bytes. groups: of the block with the most. outputs: outputs of a layer -> bytes to choose its damping."""
-    hidden = text.tokens * sizes.token
+    """Phase -> bytes. groups: of the block with the most. outputs: outputs of a layer -> bytes to choose its damping.
+
+    memory_gib: of activations in memory.
+    """
+    hidden = held(text.tokens * sizes.token, text.batch * sizes.token, memory_gib)
     inputs = sum(FLOAT * group.inputs**2 for group in groups)
     on_the_way = max(passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs)
     found = {
@@ -95,7 +104,7 @@ def calibrate_phases(
     if not two_sided:
         return found
     back, rows = text.batch_back, text.rows_back * text.context
-    streams = held((sizes.blocks + 1) * rows * sizes.token, 2 * back * sizes.token)
+    streams = held((sizes.blocks + 1) * rows * sizes.token, 2 * back * sizes.token, memory_gib)
     squares = [FLOAT * each**2 for group in groups for each in group.outputs]
     return found | {
         "output side, predictions": streams
@@ -116,15 +125,17 @@ def quantize_phases(
     rounding: Sequence[int],
     prefix: bool,
     changed: Sequence[bool] | None = None,
+    memory_gib: float = DEFAULT_MEMORY_GIB,
 ) -> dict[str, int]:
     """Phase -> bytes. groups: of the block with the most, rounding: bytes that rounding each of them takes.
 
-    changed: whether changes of its input are summed for each; None stands for yes.
+    changed: whether changes of its input are summed for each; None stands for yes. memory_gib: of activations in memory, for
+    the streams and for what is kept, each.
     """
     streams = kept = 0
     if prefix:
-        streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token)
-        kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
+        streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token, memory_gib)
+        kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch), memory_gib)
         kept *= HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1
     flowing = streams + kept + sizes.block
     found: dict[str, int] = {}

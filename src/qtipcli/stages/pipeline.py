@@ -47,19 +47,21 @@ def quantize_model(
     force: bool = False,
     pack_after: bool = True,
     limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> Path:
     """Calibrate unless that is done, round, and pack to `out`; each step goes on where an earlier run stopped.
 
     calibration: the fields of CalibrationSettings that the user asked for; the others are as the Hessians have them.
     limit_blocks: work on the first blocks only, and pack nothing unless these are all.
+    memory_gib: as of the stages.
     Returns the packed directory, or the run directory with pack_after False or blocks left to do.
     """
     pack.refuse_surroundings(out)
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
-    _calibrate(source, calibration, settings, hessians, force, watcher, limit_blocks)
-    quantize.run(source, settings, hessians, job, force, watcher, limit_blocks)
+    _calibrate(source, calibration, settings, hessians, force, watcher, limit_blocks, memory_gib)
+    quantize.run(source, settings, hessians, job, force, watcher, limit_blocks, memory_gib)
     if limit_blocks is not None and limit_blocks < (count := len(Skeleton(source).blocks)):
         watcher.note(f"the first {limit_blocks} of {count} blocks are rounded: the same command without --limit-blocks goes on")
         return job
@@ -77,6 +79,7 @@ def allocate_model(
     watcher: Watcher,
     force: bool = False,
     pack_after: bool = True,
+    memory_gib: float | None = None,
 ) -> Path:
     """As `quantize_model`, with a rate for each layer that is measured to be worth its bytes.
 
@@ -89,7 +92,7 @@ def allocate_model(
     if pack_after and not any(_is_packed(job, out) for job in jobs.values()):
         pack.refuse_occupied(out, force)
     allocate.check(source, settings, allocation)
-    _calibrate(source, calibration, settings, hessians, force, watcher)
+    _calibrate(source, calibration, settings, hessians, force, watcher, memory_gib=memory_gib)
     try:
         sensitivity.run(source, settings, allocation.sensitivity(), hessians, sensitivities, force, watcher)
     except MismatchError as error:
@@ -102,7 +105,7 @@ def allocate_model(
         del jobs[UNIFORM]
     for which, job in jobs.items():
         watcher.note(f"{which}: predicted KL {table['predicted_kl'][which]:.4g} at {table['bytes'][which]:,} bytes, in {job}")
-        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher)
+        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher, memory_gib=memory_gib)
     kept = ALLOCATED
     if UNIFORM in jobs:
         verdict = allocate.judge(source, sensitivities, jobs, decision, watcher)
@@ -128,6 +131,7 @@ def _calibrate(
     force: bool,
     watcher: Watcher,
     limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> None:
     """Make or complete the Hessians that a job with the settings `quantize` needs."""
     wants_outer = outer.shard_keys(quantize.model_dump())
@@ -148,10 +152,10 @@ def _calibrate(
             if lacks_outputs:
                 watcher.note(f"those of layers' outputs are added to {directory}")
             if lacks_head or lacks_outputs:
-                calibrate.add(source, directory, watcher, head, two_sided, limit_blocks)
+                calibrate.add(source, directory, watcher, head, two_sided, limit_blocks, memory_gib)
             return
     try:
-        calibrate.run(source, settings, directory, force, watcher, head, two_sided, limit_blocks)
+        calibrate.run(source, settings, directory, force, watcher, head, two_sided, limit_blocks, memory_gib)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"

@@ -28,6 +28,7 @@ from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource, check_finite
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
+from qtipcli.quant.batches import InBatches
 from qtipcli.quant.correction import corrected
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
 from qtipcli.quant.output_side import OutputHessian
@@ -36,10 +37,13 @@ from qtipcli.quant.transform import Transform
 from qtipcli.stages import backward, calibrate, outer, streams
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.few_tokens import FEW_TOKENS, StoredMoments
+from qtipcli.stages.fitting import default_memory_gib
 from qtipcli.stages.load import default_device
 from qtipcli.stages.output_hessians import StoredOutputs
 from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.rounding_rates import Group, rounding_bytes
+from qtipcli.stages.shortage import explained
 from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
 from qtipcli_kernels.spec import TrellisSpec
@@ -61,11 +65,13 @@ def run(
     force: bool = False,
     watcher: Watcher | None = None,
     limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> Path:
     """Fill `directory` with the model's rounded layers, going on where an earlier run stopped; returns it.
 
     hessians: a finished calibrate run directory of the same model. limit_blocks: round the first blocks only; the others, and
-    what lies outside the blocks, are left for another run.
+    what lies outside the blocks, are left for another run. memory_gib: activations beyond this go to a file; None takes what is
+    sensible here. It changes no bit.
     Raises MismatchError where either directory holds another job, QtipError where a layer cannot be rounded.
     """
     watcher = watcher or Silent()
@@ -88,6 +94,7 @@ def run(
             del frozen[name]  # as above
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         stage = _Quantizer(source, settings, calibration, job, watcher)
+        stage.memory_gib = default_memory_gib() if memory_gib is None else memory_gib
         blocks = calibrate.first_blocks(len(stage.skeleton.blocks), limit_blocks)
         stage.run(blocks)
         if len(blocks) < len(stage.skeleton.blocks):
@@ -108,6 +115,10 @@ class _Quantizer:
         self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
         self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
+        # What is being rounded, by its full names.
+        self.now: list[str] = [source.name]
+        self.encode = InBatches(self._note_smaller)
+        self.memory_gib = streams.DEFAULT_MEMORY_GIB
         # Compiled once: an allocation has a pattern for each of what may be thousands of layers.
         self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
         for note in self.skeleton.notes:
@@ -132,7 +143,9 @@ class _Quantizer:
             for index in blocks:
                 checkpoint()
                 if index in missing:
-                    self.job.commit(block_key(index), *self._round_block(index, prefix))
+                    with explained(lambda: self.now[0], self._takes_now):
+                        tensors, report = self._round_block(index, prefix)
+                    self.job.commit(block_key(index), tensors, report)
                     self.watcher.advance(self.skeleton.blocks[index][0])
                 if prefix is not None and index < missing[-1]:
                     self.skeleton.materialize(index)
@@ -146,8 +159,8 @@ class _Quantizer:
         tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
         batches = tokens.split(max(1, calibrate.BATCH_TOKENS // tokens.shape[1]))
         names = ("original", "quantized")
-        both, calls = streams.start(self.skeleton, batches, names, self.job.path, streams.DEFAULT_MEMORY_GIB, self.watcher)
-        return Prefix(self.skeleton, *both, calls, tokens[:1], self.job.path)
+        both, calls = streams.start(self.skeleton, batches, names, self.job.path, self.memory_gib, self.watcher)
+        return Prefix(self.skeleton, *both, calls, tokens[:1], self.job.path, self.memory_gib)
 
     def run_outer(self) -> None:
         """Round what lies outside the blocks, one matrix in memory at a time."""
@@ -157,11 +170,13 @@ class _Quantizer:
         for matrix in missing:
             checkpoint()
             name, started = matrix.name, time.monotonic()
+            self.now = [name]
             weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device, torch.float32)
             check_finite(f"{name}.weight", weight)
             size_O = row_sizes(weight)
             hessian_II = matrix.hessian(self.calibration).to(weight.device)
-            even = self._round({name: weight / size_O[:, None]}, hessian_II)[name]
+            with explained(lambda: self.now[0], self._takes_now):
+                even = self._round({name: weight / size_O[:, None]}, hessian_II)[name]
             packed = with_row_sizes(even, size_O)
             report = self._report(name, packed, matrix.stand_in(), math.inf) | matrix.report()
             tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
@@ -173,7 +188,7 @@ class _Quantizer:
         """Round a block, tune it, and round the next one behind it."""
         tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
         heldout = max(1, min(MOST_HELDOUT, len(tokens) // 5))
-        tuner = BlockTuner(self.skeleton, tokens, heldout, settings, self.job.path, self.watcher)
+        tuner = BlockTuner(self.skeleton, tokens, heldout, settings, self.job.path, self.watcher, self.memory_gib)
         try:
             for index in range(missing[-1] + 1):
                 checkpoint()
@@ -181,7 +196,8 @@ class _Quantizer:
                     stored, tuned = self.job.read(block_key(index)), self.job.report(block_key(index))["tuned"]
                     tuner.skip(index, self._stored_layers(index, stored), {name: stored[name] for name in tuned})
                     continue
-                tensors, report = self._round_block(index, tuner.prefix if self.settings.quantized_prefix else None)
+                with explained(lambda: self.now[0], self._takes_now):
+                    tensors, report = self._round_block(index, tuner.prefix if self.settings.quantized_prefix else None)
                 prefix, block = self.skeleton.blocks[index]
                 vectors = [f"{prefix}.{name}" for name, parameter in block.named_parameters() if parameter.ndim == 1]
                 dtypes = {name: self.skeleton.read(name).dtype for name in vectors if self.skeleton.holds(name)}
@@ -217,6 +233,7 @@ class _Quantizer:
             left |= {name: "skipped by the settings" for name in names if name not in chosen}
             if not chosen:
                 continue
+            self.now = chosen
             moments = prefix.moments(index, names, rounded) if prefix else stored_moments.of(names, self.skeleton.device)
             if not moments.seen:
                 left |= dict.fromkeys(chosen, "never called in calibration")
@@ -272,7 +289,7 @@ class _Quantizer:
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, hessian_II, specs, settings, luts, outputs, consume=True)
+        return round_group(weights, hessian_II, specs, settings, luts, outputs, self.encode, consume=True)
 
     def _outputs(self, index: int, names: list[str]) -> dict[str, OutputHessian] | None:
         """Hessians of the outputs of a group's layers; None where they are not asked for, or one had no gradients."""
@@ -284,6 +301,18 @@ class _Quantizer:
             return None
         self.calibration.verify(key)
         return StoredOutputs(self.calibration, key, names, self.skeleton.device)
+
+    def _note_smaller(self, tiles: int) -> None:
+        self.watcher.note(f"{self.now[0]}: memory ran out, so that tiles are encoded {tiles} at a time from here on")
+
+    def _takes_now(self) -> int:
+        """Bytes that rounding takes of what is being rounded."""
+        linears = [self._linear(name) for name in self.now]
+        group = Group(tuple(linear.out_features for linear in linears), linears[0].in_features)
+        return rounding_bytes(group, self.settings, self._spec(self.now[0]), self.skeleton.device)
+
+    def _linear(self, name: str) -> torch.nn.Linear:
+        return self.outer[name].stand_in() if name in self.outer else self.skeleton.model.get_submodule(name)
 
     def _spec(self, name: str) -> TrellisSpec:
         if name in self.outer:
