@@ -5,8 +5,8 @@ and H_out = E[g g^T] of the gradient g of the loss at the layer's output. Dimens
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -56,23 +56,28 @@ def choose_damping(fitted_OO: torch.Tensor, heldout_OO: torch.Tensor) -> tuple[f
     for each damping, since its float64 copy is the largest thing here.
     """
     signs = random_signs(len(fitted_OO), 0, "output side").to(fitted_OO.device)
-    judge_PP = rotate_hessian_(heldout_OO.to(torch.float64, copy=True), signs, Transform())
-    judge_PP = torch.empty(judge_PP.shape, device=judge_PP.device).copy_(judge_PP)
+    judge_PP = _turned(heldout_OO, signs)
     del heldout_OO
+    judge_PP = torch.empty(judge_PP.shape, device=judge_PP.device).copy_(judge_PP)  # row-major
     plain = float(judge_PP.trace())
     if not plain > 0:
         return math.inf, 1.0
     found = {math.inf: 1.0}
     for damping in DAMPINGS:
         # A multiple of the identity is the same in every orthonormal basis.
-        lower = _lower(lambda: rotate_hessian_(fitted_OO.to(torch.float64, copy=True), signs, Transform()), damping)
-        half = torch.linalg.solve_triangular(lower, judge_PP, upper=False).T
-        torch.linalg.solve_triangular(lower, half, upper=False, out=half)
-        found[damping] = float(half.trace()) / plain
+        turned = partial(_turned, fitted_OO, signs)
+        found[damping] = _trace_with(block_ldl(factored(turned, damping)[0], torch.float32), judge_PP) / plain
     best = min(found, key=found.__getitem__)
     return best, found[best]
 
 
-def _lower(make: Callable[[], torch.Tensor], damping: float) -> torch.Tensor:
-    """The block factor, float32 [P, P], of the Hessian that `make` gives."""
-    return block_ldl(factored(make, damping)[0], torch.float32)
+def _turned(hessian_OO: torch.Tensor, signs_O: torch.Tensor) -> torch.Tensor:
+    """New, float64 [P, P]."""
+    return rotate_hessian_(hessian_OO.to(torch.float64, copy=True), signs_O, Transform())
+
+
+def _trace_with(lower_PP: torch.Tensor, judge_PP: torch.Tensor) -> float:
+    """tr(L^-1 H L^-T) for the block factor L and H, `judge_PP`."""
+    half = torch.linalg.solve_triangular(lower_PP, judge_PP, upper=False).T
+    torch.linalg.solve_triangular(lower_PP, half, upper=False, out=half)
+    return float(half.trace())

@@ -362,7 +362,7 @@ class _Job:
 
     def on_devices(self, phases: Mapping[str, int]) -> dict[str, dict[str, int]]:
         """{"ram", "vram"}: on a GPU everything but the process itself and what waits between blocks is there."""
-        with_reading = {phase: size + self.sizes.read for phase, size in phases.items()}
+        with_reading = {phase: size + self.sizes.reading(phase) for phase, size in phases.items()}
         if self.device.type == "cpu":
             return {"ram": {phase: self.resident + size for phase, size in with_reading.items()}, "vram": {}}
         waiting = self.text.tokens * (2 * self.sizes.token + int(self._largest().passes.kept_bytes))
@@ -392,6 +392,10 @@ def _sizes(skeleton: Imagined) -> Sizes:
         for _, block in skeleton.blocks
     ]
     names = [name for name in skeleton.outer_names if name in sizes]
+    source = skeleton.source
+    read = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.tensor_names}
+    # Under their names in the checkpoint; where those are others, any tensor may be a block's.
+    inside = [size for name, size in read.items() if any(f"{block}." in name for block, _ in skeleton.blocks)]
     return Sizes(
         blocks=len(blocks),
         block=max(block for block, _ in blocks),
@@ -400,10 +404,8 @@ def _sizes(skeleton: Imagined) -> Sizes:
         head=sizes.get(head, 0) if head in names else 0,
         token=FLOAT * embedding.weight.shape[-1],
         vocabulary=embedding.weight.shape[0],
-        read=max(
-            math.prod(skeleton.source.shape(name)) * skeleton.source.dtype(name).itemsize
-            for name in skeleton.source.tensor_names
-        ),
+        read=max(read.values()),
+        block_read=max(inside or read.values()),
     )
 
 

@@ -25,6 +25,16 @@ LOGIT_COPIES = 3
 """The logits of a batch, their probabilities, and those cumulated."""
 
 
+BLOCK_PHASES = (
+    "calibrate, inputs of a block",
+    "output side, gradients",
+    "output side, dampings",
+    "quantize, rounding of a group",
+    "quantize, what a group is given",
+    "quantize, on to the next block",
+)
+"""How the phases begin in which no more than one block is read."""
+
 HEAP_TENSOR = 32 << 20
 """Below this size the C library may serve a tensor from its heap (M_MMAP_THRESHOLD in mallopt(3))."""
 
@@ -35,7 +45,8 @@ HEAP_COPIES = 2
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What of a model decides about memory. Bytes in float32: one block with the most; its linears; everything outside the
-    blocks but the head; the head where it is not tied; one token's hidden states. read: of the largest stored tensor.
+    blocks but the head; the head where it is not tied; one token's hidden states. read: of the largest stored tensor, and
+    block_read: of the largest that is stored for a block, as stored.
     """
 
     blocks: int
@@ -46,6 +57,11 @@ class Sizes:
     token: int
     vocabulary: int
     read: int
+    block_read: int = 0
+
+    def reading(self, phase: str) -> int:
+        """Of the largest tensor that is read while what the phase takes is there."""
+        return self.block_read if phase.startswith(BLOCK_PHASES) else self.read
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +163,8 @@ def quantize_phases(
         for phase, bytes_ in phases.items():
             found[phase] = max(found.get(phase, 0), flowing + bytes_)
     if prefix:
+        in_front = NORM_COPIES * text.batch * sizes.token
+        found["quantize, in front of the blocks"] = sizes.outer + max(sizes.block, streams + in_front)
         passing = int((passes.forward_bytes + sizes.token) * text.batch)
         found["quantize, on to the next block"] = flowing + sizes.linears + passing
     return found
