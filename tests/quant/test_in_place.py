@@ -115,9 +115,7 @@ def test_what_is_used_up_gives_the_same_bits(two_sided: bool, shapes: tuple[int,
 LARGE = 1024
 
 
-@pytest.mark.parametrize(
-    ("rows", "two_sided", "most"), [(64, False, 21.0), (64, True, 21.5), (LARGE, False, 41.0), (LARGE, True, 49.0)]
-)
+@pytest.mark.parametrize(("rows", "two_sided", "most"), [(64, False, 21.0), (64, True, 21.0), (LARGE, True, 42.0)])
 def test_rounding_holds_one_float64_copy_of_a_hessian(rows: int, two_sided: bool, most: float) -> None:
     """A wide layer: its Hessian (4 I^2), float64 (8), block factor and turned Hessian in float32 (4 each). A square one adds
     the weights, as given, turned, rounded and fed back. `most` is two hundredths above what is counted; a copy of a Hessian
