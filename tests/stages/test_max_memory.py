@@ -99,7 +99,8 @@ def test_a_pack_that_takes_more_is_refused(qtip: Qtip, quantize: Qtip, tiny_mode
 
 def test_reading_counts_where_something_is_read() -> None:
     sizes = Sizes(1, 0, 0, 0, 0, 0, 0, read=100, block_read=7)
-    assert sizes.reading("calibrate, in front of the blocks") == 100
+    assert sizes.reading("calibrate, in front of the blocks") == 0, "which counts it"
+    assert sizes.reading("quantize, lm_head") == 100
     assert sizes.reading("quantize, rounding of a group") == 7
 
 

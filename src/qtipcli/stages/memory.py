@@ -35,6 +35,9 @@ BLOCK_PHASES = (
 )
 """How the phases begin in which no more than one block is read."""
 
+END_PHASES = ("in front of the blocks", "output side, predictions")
+"""How those end in which what lies outside the blocks is read, and after that something else is done."""
+
 HEAP_TENSOR = 32 << 20
 """Below this size the C library may serve a tensor from its heap (M_MMAP_THRESHOLD in mallopt(3))."""
 
@@ -60,7 +63,9 @@ class Sizes:
     block_read: int = 0
 
     def reading(self, phase: str) -> int:
-        """Of the largest tensor that is read while what the phase takes is there."""
+        """Of the largest tensor that is read while what the phase takes is there; those that load the model's ends count it."""
+        if phase.endswith(END_PHASES):
+            return 0
         return self.block_read if phase.startswith(BLOCK_PHASES) else self.read
 
 
@@ -114,7 +119,8 @@ def calibrate_phases(
     inputs = sum(FLOAT * group.inputs**2 for group in groups)
     on_the_way = max(passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs)
     found = {
-        "calibrate, in front of the blocks": sizes.outer + max(sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
+        "calibrate, in front of the blocks": sizes.outer
+        + max(sizes.read, sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
         "calibrate, inputs of a block": hidden + sizes.block + int(on_the_way),
     }
     if not two_sided:
@@ -126,8 +132,7 @@ def calibrate_phases(
         "output side, predictions": streams
         + sizes.outer
         + sizes.head
-        + LOGIT_COPIES * FLOAT * back * sizes.vocabulary
-        + NORM_COPIES * back * sizes.token,
+        + max(sizes.read, LOGIT_COPIES * FLOAT * back * sizes.vocabulary + NORM_COPIES * back * sizes.token),
         "output side, gradients of a block": streams + sizes.block + 2 * sum(squares) + int(passes.backward_bytes * back),
         "output side, dampings of a block": streams + sum(squares) + max(outputs.values(), default=0),
     }
@@ -164,7 +169,7 @@ def quantize_phases(
             found[phase] = max(found.get(phase, 0), flowing + bytes_)
     if prefix:
         in_front = NORM_COPIES * text.batch * sizes.token
-        found["quantize, in front of the blocks"] = sizes.outer + max(sizes.block, streams + in_front)
+        found["quantize, in front of the blocks"] = sizes.outer + max(sizes.read, sizes.block, streams + in_front)
         passing = int((passes.forward_bytes + sizes.token) * text.batch)
         found["quantize, on to the next block"] = flowing + sizes.linears + passing
     return found

@@ -32,6 +32,9 @@ PROBE_TOKENS = 64
 """Tokens of the pass that decides how many are measured with, and of the one that counts memory."""
 
 
+NO_LIMIT_GIB = 2.0**20
+"""Of what is kept in memory: nothing is written while something is measured."""
+
 LARGEST_HEAD = 8192
 """Rows of the head that are measured with."""
 
@@ -149,7 +152,7 @@ class _Block:
         streams = [Activations([tuple(self.input.hidden.shape)], self.input.hidden.dtype) for _ in range(2)]
         for stream in streams:
             stream.write(0, self.input.hidden)
-        prefix = Prefix(self.skeleton, *streams, [self.input.calls], self.rows[:1], nowhere, float("inf"))
+        prefix = Prefix(self.skeleton, *streams, [self.input.calls], self.rows[:1], nowhere, NO_LIMIT_GIB)
         self.skeleton.materialize(self.index)
         prefix.enter(self.index, named)  # finds the places, once for all blocks alike
         with LiveBytes() as entering:
