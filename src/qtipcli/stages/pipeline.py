@@ -60,6 +60,7 @@ def quantize_model(
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
+        pack.refuse_links(pack.other_files(source.directory), source.directory)
     _calibrate(source, calibration, settings, hessians, force, watcher, limit_blocks, memory_gib)
     quantize.run(source, settings, hessians, job, force, watcher, limit_blocks, memory_gib)
     if limit_blocks is not None and limit_blocks < (count := len(Skeleton(source).blocks)):
@@ -91,6 +92,7 @@ def allocate_model(
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
     if pack_after and not any(_is_packed(job, out) for job in jobs.values()):
         pack.refuse_occupied(out, force)
+        pack.refuse_links(pack.other_files(source.directory), source.directory)
     allocate.check(source, settings, allocation)
     _calibrate(source, calibration, settings, hessians, force, watcher, memory_gib=memory_gib)
     try:
@@ -140,7 +142,9 @@ def _calibrate(
     found = _found_hessians(directory, force)
     settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
     if found is not None:
-        is_same = settings.model_dump() == found.settings and found.fingerprint["model"] == fingerprint_model(source.directory)
+        is_same = settings.model_dump() == found.settings and found.fingerprint.get("model") == fingerprint_model(
+            source.directory
+        )
         is_whole = not force or not found.damaged()
         if is_same and is_whole and calibrate.is_complete(found, Skeleton(source), limit_blocks):
             # Finished Hessians do not need their text any more: it may have been moved.
