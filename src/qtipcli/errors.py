@@ -63,6 +63,16 @@ class PeerError(QtipError):
     """Another process of the same job failed or stopped, and says so itself: nothing is printed. Exit status as the other's."""
 
 
+_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: MemoryError, torch.OutOfMemoryError of a GPU, or torch's RuntimeError of a CPU."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+
+
 LONGEST = 2000
 """Characters of a message: eight differences of settings take 1300."""
 

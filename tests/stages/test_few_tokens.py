@@ -41,7 +41,7 @@ def hessian(seed: int) -> torch.Tensor:
 )
 def test_the_shared_hessian_counts_as_so_many_tokens_as_there_are_inputs(tokens: int, share: float) -> None:
     own, shared = hessian(1), hessian(2)
-    moments = Moments(own, tokens, shared=Shared(shared, 1000))
+    moments = Moments(own.clone(), tokens, shared=Shared(shared, 1000), is_mean=True)
     assert moments.share == pytest.approx(share)
     torch.testing.assert_close(moments.mixed(), (1 - share) * own + share * shared)
     assert moments.seen
@@ -49,7 +49,7 @@ def test_the_shared_hessian_counts_as_so_many_tokens_as_there_are_inputs(tokens:
 
 def test_layers_outside_of_experts_keep_their_own_hessian_to_the_bit() -> None:
     own = hessian(1)
-    assert Moments(own, 3).mixed() is own
+    assert Moments(own, 3, is_mean=True).mixed() is own
     assert not Moments(own, 0).seen
     assert not Moments(own, 0, shared=Shared(own, 0)).seen
 

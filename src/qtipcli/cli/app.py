@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from qtipcli.cli import dry_run as dry_runs
+from qtipcli.cli import max_memory as limits
 from qtipcli.cli import options
 from qtipcli.cli import push as pushing
 from qtipcli.cli.bench import bench_app
@@ -18,7 +19,7 @@ from qtipcli.cli.finetune import finetune
 from qtipcli.cli.generate import chat, generate
 from qtipcli.cli.serve import PASS_ON, serve
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
-from qtipcli.errors import one_line
+from qtipcli.errors import SettingsError, one_line
 from qtipcli.job import launcher
 from qtipcli.job.interrupt import stopping_in_words
 
@@ -74,6 +75,8 @@ def calibrate(
         bool, typer.Option("--two-sided/--one-sided", help="One of each layer's outputs, too, by one pass back.")
     ] = True,
     head: Annotated[bool, typer.Option("--head", help="That of the head's input too; it can be added later.")] = False,
+    limit_blocks: options.LimitBlocks = None,
+    max_memory: options.MaxMemory = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -89,10 +92,10 @@ def calibrate(
         dry_runs.calibrate(model, revision, trust_remote_code, as_json, settings, out, head, two_sided)
         return
     source = ModelSource.open(model, revision, trust_remote_code)
+    directory = out or pipeline.hessians_directory(source)
     with Display() as display:
-        directory = calibrate.run(
-            source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided
-        )  # fmt: skip
+        memory_gib = limits.calibrate(max_memory, source, settings, directory, head, two_sided, display)
+        calibrate.run(source, settings, directory, force, display, head, two_sided, limit_blocks, memory_gib)
     print_json({"directory": str(directory)}) if as_json else print(directory)
 
 
@@ -145,6 +148,8 @@ def quantize(
         bool | None, typer.Option("--fast/--exact", help="Let the first encoder pass see half the ring only.")
     ] = None,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Pack when all layers are rounded.")] = True,
+    limit_blocks: options.LimitBlocks = None,
+    max_memory: options.MaxMemory = None,
     push_to: options.PushTo = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
@@ -170,7 +175,9 @@ def quantize(
             model, revision, trust_remote_code, as_json, calibration, settings, allocation, hessians, out, pack
         )  # fmt: skip
         return
-    pushing.check(push_to, pack)
+    if limit_blocks is not None and allocation is not None:
+        raise SettingsError("a measured allocation looks at all blocks", "leave --limit-blocks out, or give a uniform rate")
+    pushing.check(push_to, pack and limit_blocks is None)
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pipeline
 
@@ -178,14 +185,17 @@ def quantize(
     target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
     where = hessians or pipeline.hessians_directory(source)
     with Display() as display:
+        memory_gib = limits.quantize(max_memory, source, calibration, settings, where, target, display)
         if allocation is None:
-            result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack)
+            result = pipeline.quantize_model(
+                source, calibration, settings, where, target, display, force, pack, limit_blocks, memory_gib
+            )  # fmt: skip
         else:
             measured = sensitivities or pipeline.sensitivities_directory(where, settings.code)
             result = pipeline.allocate_model(
-                source, calibration, settings, allocation, where, measured, target, display, force, pack
+                source, calibration, settings, allocation, where, measured, target, display, force, pack, memory_gib
             )
-    _summarize(result, as_json, push_to) if pack else print(result)
+    _summarize(result, as_json, push_to) if result == target else print(result)
 
 
 @app.command("pack")
@@ -194,6 +204,7 @@ def pack_command(
     job: Annotated[Path, typer.Argument(help="The finished run directory of `qtip quantize`: OUT.job.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the packed model goes.", show_default=False)],
     max_shard_size: Annotated[str, typer.Option(help="Of each safetensors file.")] = "5GB",
+    max_memory: options.MaxMemory = None,
     push_to: options.PushTo = None,
     remote_code: Annotated[
         bool, typer.Option("--remote-code", help="Add a file that imports qtipcli where trust_remote_code=True is given.")
@@ -213,6 +224,7 @@ def pack_command(
     from qtipcli.stages import pack
 
     source = ModelSource.open(model, revision, trust_remote_code)
+    limits.pack(max_memory, source, job, max_shard_size)
     with Display() as display:
         pack.run(source, job, out, force, max_shard_size, display, with_code=remote_code)
     _summarize(out, as_json, push_to)

@@ -7,12 +7,14 @@ import sys
 
 import typer
 
-from qtipcli.errors import PeerError, QtipError, storage_error
+from qtipcli.errors import PeerError, QtipError, is_out_of_memory, storage_error
 from qtipcli.job import launcher
 from qtipcli.job.interrupt import stopped_at_once
 
 # Newer Typers carry a Click of their own; its base class of usage errors is reached through the one that Typer exports.
 UsageFailure = typer.BadParameter.__mro__[2]
+
+FREE = "free memory, and give the same command again: a job goes on from its last finished step; --dry-run says what it takes"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,6 +47,10 @@ def _run(arguments: list[str]) -> int:
         # The reader of our output went away, as `| head` does. Nothing can be said to it any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _complain(QtipError(f"memory ran out: {str(error).splitlines()[0] if str(error) else 'no more is free'}", FREE))
     except OSError as error:
         if error.filename is None:
             raise

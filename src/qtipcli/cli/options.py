@@ -22,6 +22,12 @@ Seed = Annotated[int | None, typer.Option(help="Of the windows chosen and of the
 Force = Annotated[bool, typer.Option("--force", help="Start again over what is there, and replace what is in the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and what it takes; write nothing.")]
+LimitBlocks = Annotated[
+    int | None, typer.Option(help="Work on the first N blocks only; the same command without it goes on.", min=1)
+]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Of the process, such as 4GB: what cannot stay below is refused before it starts.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 PushTo = Annotated[str | None, typer.Option(metavar="USER/REPO", help="Push the packed model to the Hub when it is done.")]

@@ -45,7 +45,9 @@ def check(repository: str | None, packs: bool = True) -> None:
     if repository is None:
         return
     if not packs:
-        raise SettingsError("--push-to sends a packed model, and --no-pack makes none", "leave one of them out")
+        raise SettingsError(
+            "--push-to sends a packed model, and --no-pack and --limit-blocks make none", "leave one of them out"
+        )
     from qtipcli.hub.repository import Repository
 
     Repository.open(repository)

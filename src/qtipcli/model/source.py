@@ -49,6 +49,9 @@ DTYPES = {
     **dequantized.DTYPES,
 }
 
+CHECKED_VALUES = 1 << 22
+"""Values that are looked at together: 16 MiB of float32."""
+
 # How classes that predict the next token are called in a config's "architectures"; "...Model" is one saved without its head.
 _GENERATING_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _HEADLESS_CLASS = "Model"
@@ -199,13 +202,20 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """
     if not tensor.is_floating_point():
         return
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        bad = finite.numel() - int(finite.sum())
+    bad = count_infinite(tensor)
+    if bad:
         raise CorruptError(
-            f"{name} holds {bad:,} values that are NaN or infinite, of {finite.numel():,}",
+            f"{name} holds {bad:,} values that are NaN or infinite, of {tensor.numel():,}",
             "the checkpoint is damaged or diverged in training: download or export it again",
         )
+
+
+def count_infinite(tensor: Tensor) -> int:
+    """Values that are NaN or infinite, of any shape; counted part by part, since torch makes a copy to look for them."""
+    if tensor.ndim == 0:
+        return int(not torch.isfinite(tensor))
+    rows = max(1, CHECKED_VALUES // max(1, tensor[:1].numel()))
+    return sum(part.numel() - int(torch.isfinite(part).sum()) for part in tensor.split(rows))
 
 
 # ---- where the model is ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from qtipcli.quant.hessian import panels
 from qtipcli.quant.transform import Transform, padded
 from qtipcli_kernels.dispatch import hadamard
 
@@ -42,7 +43,25 @@ def rotate_weight(
 
 def rotate_hessian(hessian_II: torch.Tensor, signs_I: torch.Tensor, transform: Transform) -> torch.Tensor:
     """H_in S_in H S_in H_in^T, [J, J]; padded inputs have zero rows and columns before the turn."""
-    return rotate_inputs(rotate_inputs(hessian_II, signs_I, transform).T, signs_I, transform).contiguous()
+    return rotate_hessian_(hessian_II.clone(), signs_I, transform).contiguous()
+
+
+def rotate_hessian_(hessian_II: torch.Tensor, signs_I: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """The same in place, but for inputs that are padded; column-major.
+
+    Rows are turned panel by panel, and then columns: what is read as a column is one row of the transpose.
+    """
+    inputs = len(hessian_II)
+    size = padded(inputs)
+    square_JJ = hessian_II
+    if size != inputs:
+        square_JJ = hessian_II.new_zeros(size, size)
+        square_JJ[:inputs, :inputs] = hessian_II
+    for part in panels(inputs):
+        square_JJ[part] = rotate_inputs(square_JJ[part, :inputs], signs_I, transform)
+    for part in panels(size):
+        square_JJ[:, part] = rotate_inputs(square_JJ[:inputs, part].T, signs_I, transform).T
+    return square_JJ.T
 
 
 def rotate_weight_back(

@@ -15,12 +15,12 @@ RoundTiles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """float32 tiles [N, 256] in walk order -> (states int32 [N, T], the values they decode to, float32 [N, 256])."""
 
 
-def block_ldl(cholesky_II: torch.Tensor) -> torch.Tensor:
-    """The unit block-lower-triangular L of H = L D L^T, from H's Cholesky factor; float64 [I, I].
+def block_ldl(cholesky_II: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The unit block-lower-triangular L of H = L D L^T, from H's Cholesky factor; float64 [I, I], or rounded to `dtype`.
 
     With C = L blockdiag(C_jj), column block j of L is column block j of C times the inverse of C_jj.
     """
-    lower = torch.empty_like(cholesky_II)
+    lower = torch.empty_like(cholesky_II, dtype=dtype)
     for start in range(0, len(cholesky_II), TILE):
         block = slice(start, start + TILE)
         lower[:, block] = torch.linalg.solve_triangular(
@@ -42,15 +42,18 @@ def round_ldlq(weight_OI: torch.Tensor, lower_II: torch.Tensor, round_tiles: Rou
     lower = lower_II.to(weight_OI.dtype)
     rounded = torch.empty_like(weight_OI)
     error = torch.zeros_like(weight_OI)
-    states = []
+    states: torch.Tensor | None = None
     for start in range(columns - TILE, -1, -TILE):
         block, later = slice(start, start + TILE), slice(start + TILE, columns)
         target = weight_OI[:, block] + error[:, later] @ lower[later, block]
         block_states, values = round_tiles(tiles_from_matrix(target))
         rounded[:, block] = matrix_from_tiles(values, rows, TILE)
         error[:, block] = weight_OI[:, block] - rounded[:, block]
-        states.append(block_states)
-    return torch.stack(states[::-1], dim=1), rounded
+        if states is None:
+            states = block_states.new_empty(rows // TILE, columns // TILE, block_states.shape[1])
+        states[:, start // TILE] = block_states
+    assert states is not None, "a matrix has at least one tile"
+    return states, rounded
 
 
 def round_two_sided(
@@ -109,6 +112,6 @@ def _antidiagonals(rows: int, columns: int, device: torch.device) -> Iterator[tu
 def relative_proxy_loss(weight_OI: torch.Tensor, rounded_OI: torch.Tensor, hessian_II: torch.Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = W - W^; 0 where the layer's output is zero anyway."""
     hessian = hessian_II.to(torch.float32)
+    energy = float((weight_OI @ hessian).mul_(weight_OI).sum(dtype=torch.float64))
     error = weight_OI - rounded_OI
-    energy = float(((weight_OI @ hessian) * weight_OI).sum(dtype=torch.float64))
-    return float(((error @ hessian) * error).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0
+    return float((error @ hessian).mul_(error).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0

@@ -34,13 +34,15 @@ def refit_rows(
     projected = quantized_OI @ hessian_II
     if outputs is None:
         energy = (projected * quantized_OI).sum(1, dtype=torch.float64)
-        product = (projected * weight_OI).sum(1, dtype=torch.float64)
+        product = projected.mul_(weight_OI).sum(1, dtype=torch.float64)
         return torch.where(energy > 0, product / energy.clamp(min=1e-300), 1.0).to(torch.float32)
     sizes = [len(output_OO) for output_OO in outputs]
     parts = zip(projected.split(sizes), quantized_OI.split(sizes), weight_OI.split(sizes), outputs, strict=True)
-    return torch.cat(
-        [_ridge_solution((p @ q.T) * output_OO, ((p @ w.T) * output_OO).sum(1), ROW_RIDGE) for p, q, w, output_OO in parts]
-    )
+    rows = []
+    for p_OI, q_OI, w_OI, output_OO in parts:
+        right = (p_OI @ w_OI.T).mul_(output_OO).sum(1)
+        rows.append(_ridge_solution((p_OI @ q_OI.T).mul_(output_OO), right, ROW_RIDGE))
+    return torch.cat(rows)
 
 
 def refit_columns(
@@ -54,18 +56,28 @@ def refit_columns(
     if outputs is not None:
         parts = quantized_OI.split([len(output_OO) for output_OO in outputs])
         weighted = torch.cat([output_OO @ part for output_OO, part in zip(outputs, parts, strict=True)])
-    gram = (weighted.T @ quantized_OI).to(torch.float64) * hessian_II.to(torch.float64)
-    return _ridge_solution(gram, (weighted * (weight_OI @ hessian_II)).sum(0, dtype=torch.float64), COLUMN_RIDGE)
+    right = (weight_OI @ hessian_II).mul_(weighted).sum(0, dtype=torch.float64)
+    return _ridge_solution(weighted.T @ quantized_OI, right, COLUMN_RIDGE, hessian_II)
 
 
-def _ridge_solution(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
-    """float32 solution of normal equations, pulled towards 1, not 0: what the data say nothing about keeps its scale."""
-    gram, right = gram.to(torch.float64), right.to(torch.float64)
-    mean = gram.diagonal().mean()
+def _ridge_solution(gram: torch.Tensor, right: torch.Tensor, ridge: float, times: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 solution of normal equations, pulled towards 1, not 0: what the data say nothing about keeps its scale.
+
+    gram: float32; its product with `times`, where that is given, is taken in float64, and factored in place.
+    """
+    square, right = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT, right.to(torch.float64)
+    square.copy_(gram)
+    del gram  # the caller has no other use for it
+    if times is not None:
+        square.mul_(times)
+    mean = square.diagonal().mean()
     if not float(mean) > 0:
         return torch.ones_like(right, dtype=torch.float32)
-    gram.diagonal().add_(ridge * mean)
-    return torch.linalg.solve(gram, right + ridge * mean).to(torch.float32)
+    square.diagonal().add_(ridge * mean)
+    # torch.linalg.solve, without the copy that it makes of the matrix.
+    pivots = torch.empty(len(square), dtype=torch.int32, device=square.device)
+    torch.linalg.lu_factor(square, out=(square, pivots))
+    return torch.linalg.lu_solve(square, pivots, (right + ridge * mean)[:, None])[:, 0].to(torch.float32)
 
 
 def refit_scales(

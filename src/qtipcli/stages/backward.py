@@ -18,6 +18,7 @@ from qtipcli.job.interrupt import checkpoint
 from qtipcli.model.inputs import AfterBlocks, run_block, through_block
 from qtipcli.model.linears import OutputRecorder
 from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import count_infinite
 from qtipcli.quant.output_side import choose_damping
 from qtipcli.stages import streams
 from qtipcli.stages.progress import Watcher
@@ -45,13 +46,22 @@ def missing_blocks(job: RunDirectory, count: int) -> list[int]:
     return [index for index in range(count) if not job.done(output_key(index))]
 
 
-def run(skeleton: Skeleton, tokens: Tensor, seed: int, job: RunDirectory, watcher: Watcher, memory_gib: float) -> None:
+def run(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    seed: int,
+    job: RunDirectory,
+    watcher: Watcher,
+    memory_gib: float,
+    count: int | None = None,
+) -> None:
     """Commit the output Hessians of every block to `job`, from the last to the first, going on where an earlier run stopped.
 
     tokens: int64 [rows, context]. seed: of the drawn tokens. memory_gib: hidden states beyond this go to a file.
+    count: of the first so many blocks only; the text goes through the others, too.
     Raises QtipError where the model has no gradients.
     """
-    missing = missing_blocks(job, len(skeleton.blocks))
+    missing = missing_blocks(job, len(skeleton.blocks) if count is None else count)
     if not missing:
         return
     rows = tokens[: max(1, MOST_TOKENS // tokens.shape[1])]
@@ -130,9 +140,9 @@ class _Backward:
                     # A block may write to what it gets, which a leaf that asks for a gradient forbids.
                     output = through_block(self.skeleton, index, hidden.clone(), self.calls[batch][index])
                     self._put_back(batch, output, hidden, self.gradients.read(batch).to(output))
+        self.skeleton.release(index)
         if is_missing:
             self.job.commit(output_key(index), *_outputs(prefix, *recorders))
-        self.skeleton.release(index)
 
 
 def drawn_gradient(logits: Tensor, seed: int) -> Tensor:
@@ -149,14 +159,20 @@ def drawn_gradient(logits: Tensor, seed: int) -> Tensor:
 
 
 def _outputs(prefix: str, fitted: OutputRecorder, heldout: OutputRecorder) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """(full name -> E[g g^T]; the report: full name -> damping, None for none, and the held-out loss with it)."""
+    """(full name -> E[g g^T]; the report: full name -> damping, None for none, and the held-out loss with it).
+
+    The recorders' sums are used up, the largest last: what choosing a damping takes then stands beside the fewest of them.
+    """
     hessians: dict[str, Tensor] = {}
     layers: dict[str, object] = {}
-    for name in fitted.sums.keys() & heldout.sums.keys():
-        total = (fitted.sums[name] + heldout.sums[name]) / (fitted.tokens[name] + heldout.tokens[name])
-        if not torch.isfinite(total).all():
+    names = sorted(fitted.sums.keys() & heldout.sums.keys(), key=lambda name: (len(fitted.sums[name]), name))
+    for name in names:
+        parts = [recorder.sums.pop(name) for recorder in (fitted, heldout)]
+        tokens = [recorder.tokens[name] for recorder in (fitted, heldout)]
+        total = (parts[0] + parts[1]).div_(sum(tokens))
+        if count_infinite(total):
             continue
-        damping, ratio = choose_damping(fitted.sums[name] / fitted.tokens[name], heldout.sums[name] / heldout.tokens[name])
+        damping, ratio = choose_damping(parts.pop(0).div_(tokens[0]), parts.pop().div_(tokens[1]))
         hessians[f"{prefix}.{name}"] = total.cpu()
         layers[f"{prefix}.{name}"] = {"damping": None if damping == float("inf") else damping, "heldout_ratio": ratio}
     return dict(sorted(hessians.items())), {"layers": dict(sorted(layers.items()))}

@@ -22,12 +22,13 @@ from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_versions
 from qtipcli.job.interrupt import checkpoint, interruptible
-from qtipcli.model.inputs import AfterBlocks, BlockInput, capture_first_inputs, run_block
+from qtipcli.model.inputs import AfterBlocks, BlockInput, run_block
 from qtipcli.model.linears import HessianRecorder, InputGroup, input_groups, refuse_unsupported
 from qtipcli.model.outer import find_head
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import backward, streams
+from qtipcli.stages.fitting import default_memory_gib
 from qtipcli.stages.load import default_device
 from qtipcli.stages.progress import Silent, Watcher
 
@@ -86,10 +87,14 @@ def run(
     watcher: Watcher | None = None,
     head: bool = False,
     two_sided: bool = False,
+    limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> Path:
     """Fill `directory` with the model's proxy Hessians, going on where an earlier run stopped; returns it.
 
-    head: also that of the head's input. two_sided: also those of the layers' outputs.
+    head: also that of the head's input. two_sided: also those of the layers' outputs. limit_blocks: of the first blocks only;
+    what is behind them, and the head, is left for another run. memory_gib: activations beyond this go to a file; None takes
+    what is sensible here. It changes no bit.
     Raises MismatchError where it holds another job, StoppedError after Ctrl-C, and what reading model and data raises.
     """
     watcher = watcher or Silent()
@@ -107,12 +112,18 @@ def run(
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         if not job.done(TOKENS):
             job.commit(TOKENS, {TOKENS: windows.tokens}, {"rows": windows.rows, "context": windows.context})
-        _record(source, windows.tokens, job, watcher, head, two_sided)
+        _record(source, windows.tokens, job, watcher, head, two_sided, limit_blocks, memory_gib)
     return directory
 
 
 def add(
-    source: ModelSource, directory: Path, watcher: Watcher | None = None, head: bool = False, two_sided: bool = False
+    source: ModelSource,
+    directory: Path,
+    watcher: Watcher | None = None,
+    head: bool = False,
+    two_sided: bool = False,
+    limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> None:
     """Add the Hessian of the head's input, or those of layers' outputs, to finished ones.
 
@@ -123,12 +134,17 @@ def add(
     if found.fingerprint.get("model") != fingerprint_model(source.directory):
         raise QtipError(f"{directory} was calibrated on another model than {source.name}", "give the Hessians of this model")
     with interruptible(), RunDirectory.open(directory, STAGE, found.settings, found.fingerprint) as job:
-        _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided)
+        _record(source, job.read(TOKENS)[TOKENS], job, watcher or Silent(), head, two_sided, limit_blocks, memory_gib)
 
 
-def is_complete(job: RunDirectory, skeleton: Skeleton) -> bool:
-    """Whether every decoder block's Hessians are there."""
-    return all(job.done(block_key(index)) for index in range(len(skeleton.blocks)))
+def first_blocks(count: int, limit_blocks: int | None) -> range:
+    """Which of `count` blocks a run works on that is limited to the first `limit_blocks`; None for all."""
+    return range(count if limit_blocks is None else min(limit_blocks, count))
+
+
+def is_complete(job: RunDirectory, skeleton: Skeleton, limit_blocks: int | None = None) -> bool:
+    """Whether every decoder block's Hessians are there, of the first `limit_blocks`."""
+    return all(job.done(block_key(index)) for index in first_blocks(len(skeleton.blocks), limit_blocks))
 
 
 def block_keys(job: RunDirectory) -> list[str]:
@@ -136,9 +152,9 @@ def block_keys(job: RunDirectory) -> list[str]:
     return [key for key in job.keys() if key.startswith("block-")]  # noqa: SIM118, no mapping
 
 
-def has_output_side(job: RunDirectory) -> bool:
-    """Whether the Hessians of outputs are there for every block for which those of inputs are."""
-    return not backward.missing_blocks(job, len(block_keys(job)))
+def has_output_side(job: RunDirectory, limit_blocks: int | None = None) -> bool:
+    """Whether the Hessians of outputs are there for every block for which those of inputs are, of the first `limit_blocks`."""
+    return not backward.missing_blocks(job, len(first_blocks(len(block_keys(job)), limit_blocks)))
 
 
 def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
@@ -148,28 +164,45 @@ def forward(skeleton: Skeleton, index: int, batches: list[BlockInput]) -> None:
 
 
 def _record(
-    source: ModelSource, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool, two_sided: bool
+    source: ModelSource,
+    tokens: torch.Tensor,
+    job: RunDirectory,
+    watcher: Watcher,
+    head: bool,
+    two_sided: bool,
+    limit_blocks: int | None,
+    memory_gib: float | None,
 ) -> None:
     skeleton = Skeleton(source, device=default_device())
     refuse_unsupported(skeleton)
     for note in skeleton.notes:
         watcher.note(note)
-    _record_inputs(skeleton, tokens, job, watcher, head)
+    blocks = first_blocks(len(skeleton.blocks), limit_blocks)
+    memory_gib = default_memory_gib() if memory_gib is None else memory_gib
+    _record_inputs(skeleton, tokens, job, watcher, head and len(blocks) == len(skeleton.blocks), blocks, memory_gib)
     if two_sided:
-        backward.run(skeleton, tokens, job.settings["seed"], job, watcher, streams.DEFAULT_MEMORY_GIB)
+        backward.run(skeleton, tokens, job.settings["seed"], job, watcher, memory_gib, len(blocks))
 
 
-def _record_inputs(skeleton: Skeleton, tokens: torch.Tensor, job: RunDirectory, watcher: Watcher, head: bool) -> None:
+def _record_inputs(
+    skeleton: Skeleton,
+    tokens: torch.Tensor,
+    job: RunDirectory,
+    watcher: Watcher,
+    head: bool,
+    blocks: range,
+    memory_gib: float,
+) -> None:
     if head:
         find_head(skeleton)
-    count = len(skeleton.blocks)
-    missing = [index for index in range(count) if not job.done(block_key(index))]
+    count = len(blocks)
+    missing = [index for index in blocks if not job.done(block_key(index))]
     head_missing = head and not job.done(HEAD)
     watcher.begin("calibrate", count + head, count + head - len(missing) - head_missing)
     if not missing and not head_missing:
         return
     batch_rows = max(1, BATCH_TOKENS // tokens.shape[1])
-    batches = capture_first_inputs(skeleton, tokens, batch_rows)
+    batches = streams.first_inputs(skeleton, tokens.split(batch_rows), job.path, memory_gib, watcher)
     _record_blocks(skeleton, batches, missing, count if head_missing else missing[-1] + 1, job, watcher)
     if head_missing:
         checkpoint()

@@ -21,12 +21,14 @@ from qtipcli.model.source import ModelSource
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.stages import calibrate, forward_rates, memory, outer, plan, quantize, rates, rounding_rates, tuning_rates
 from qtipcli.stages.calibrate import TOKENS, block_key, load_tokenizer
+from qtipcli.stages.fitting import Fit, fit
 from qtipcli.stages.load import default_device
 from qtipcli.stages.memory import EARLY, FLOAT, Sizes, Text
 from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes, settled_bytes
 from qtipcli.stages.plan import TEXT, WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
+from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.tune_blocks import MICRO_TOKENS
 from qtipcli.stages.tuning_rates import TUNING_SECONDS, TuningText
 from qtipcli.tune.descent import largest_divisor
@@ -95,6 +97,40 @@ def of_quantize(
     )
 
 
+def fit_calibrate(
+    source: ModelSource, settings: CalibrationSettings, directory: Path, head: bool, two_sided: bool, limit: int
+) -> Fit:
+    """What calibrate.run is to hold in memory so that the process stays below `limit` bytes. Raises as `fitting.fit` does."""
+    job = _Job(
+        source, settings.model_dump(), QuantizeSettings(two_sided=two_sided, quantized_prefix=False), directory, head=head
+    )
+    return fit(lambda memory_gib: job.on_devices(job.calibrate_phases(memory_gib)), limit, job.device)
+
+
+def fit_quantize(
+    source: ModelSource,
+    calibration: Mapping[str, Any],
+    settings: QuantizeSettings,
+    hessians: Path,
+    job_directory: Path,
+    limit: int,
+) -> Fit:
+    """The same of pipeline.quantize_model."""
+    skeleton = Imagined(source)
+    packed, _ = plan.layouts_of(skeleton, settings)
+    stored, _ = plan.stored_of(skeleton, packed)
+    del skeleton
+    head = settings.head_bits is not None or settings.embedding_bits is not None
+    job = _Job(source, calibration, settings, hessians, packed, head, job_directory)
+
+    def phases(memory_gib: float) -> dict[str, dict[str, int]]:
+        found = {} if job.is_calibrated else job.calibrate_phases(memory_gib)
+        found |= job.quantize_phases(memory_gib) | {"pack": stored.weights // stored.files}
+        return job.on_devices(found)
+
+    return fit(phases, limit, job.device)
+
+
 def of_pack(source: ModelSource, directory: Path, max_shard_size: str = "5GB") -> Plan:
     """The plan of pack.run. Raises QtipError where the job is not finished."""
     job = RunDirectory.load(directory, quantize.STAGE)
@@ -146,6 +182,7 @@ class _Job:
     ) -> None:
         self.source, self.settings, self.head = source, settings, head
         self.notes: list[str] = []
+        self.counted: dict[tuple[Group, TrellisSpec], int] = {}
         self.device = default_device()
         self.imports = age_seconds()
         self.packed = packed
@@ -239,23 +276,25 @@ class _Job:
     def _largest(self) -> _Kind:
         return max(self.kinds, key=lambda kind: sum(group.weights for group, _ in self._groups(kind, kind.indices[0])))
 
-    def calibrate_phases(self) -> dict[str, int]:
+    def calibrate_phases(self, memory_gib: float = DEFAULT_MEMORY_GIB) -> dict[str, int]:
         kind = self._largest()
         groups = [group for group, _ in self._groups(kind, kind.indices[0])]
-        return memory.calibrate_phases(self.sizes, self.text, kind.passes, groups, self.output_bytes, self.settings.two_sided)
+        return memory.calibrate_phases(
+            self.sizes, self.text, kind.passes, groups, self.output_bytes, self.settings.two_sided, memory_gib
+        )  # fmt: skip
 
-    def quantize_phases(self) -> dict[str, int]:
+    def quantize_phases(self, memory_gib: float = DEFAULT_MEMORY_GIB) -> dict[str, int]:
         kind = self._largest()
         groups = [(group, names) for group, names in self._groups(kind, kind.indices[0], packed_only=True)]
         specs = [self._spec(names) for _, names in groups]
-        needed = [
-            rounding_rates.rounding_bytes(group, self.settings, spec, self.device)
-            for (group, _), spec in zip(groups, specs, strict=True)
-        ]
+        needed = [self._rounding_bytes(group, spec) for (group, _), spec in zip(groups, specs, strict=True)]
         shapes = [group for group, _ in groups]
-        found = memory.quantize_phases(self.sizes, self.text, kind.passes, shapes, needed, self.settings.quantized_prefix)
+        stem = f"{self.names[kind.indices[0]]}."
+        changed = [any(name.removeprefix(stem) in kind.passes.changed for name in names) for _, names in groups]
+        prefix = self.settings.quantized_prefix
+        found = memory.quantize_phases(self.sizes, self.text, kind.passes, shapes, needed, prefix, changed, memory_gib)
         if self.settings.tune_blocks is not None:
-            kept = memory.kept_of(self.text, self.sizes, kind.passes) if self.settings.quantized_prefix else 0
+            kept = memory.kept_of(self.text, self.sizes, kind.passes, memory_gib) if prefix else 0
             masters = tuning_rates.masters_bytes(self._packed_in(kind.indices[0]))
             tuning = memory.block_tuning_phases(self.sizes, self.tuned, self.tuning, self.forward.peak, masters)
             found |= {phase: size + kept for phase, size in tuning.items()}
@@ -264,6 +303,12 @@ class _Job:
             group = Group((layout.out_features,), layout.in_features)
             found[f"quantize, {name}"] = rounding_rates.rounding_bytes(group, plain, layout.spec, self.device)
         return found
+
+    def _rounding_bytes(self, group: Group, spec: TrellisSpec) -> int:
+        """Counted once for each shape."""
+        if (group, spec) not in self.counted:
+            self.counted[group, spec] = rounding_rates.rounding_bytes(group, self.settings, spec, self.device)
+        return self.counted[group, spec]
 
     def calibrate_seconds(self) -> dict[str, float]:
         """Of the calibrate stage."""
@@ -335,7 +380,7 @@ class _Job:
 
     def on_devices(self, phases: Mapping[str, int]) -> dict[str, dict[str, int]]:
         """{"ram", "vram"}: on a GPU everything but the process itself and what waits between blocks is there."""
-        with_reading = {phase: size + self.sizes.read for phase, size in phases.items()}
+        with_reading = {phase: size + self.sizes.reading(phase) for phase, size in phases.items()}
         if self.device.type == "cpu":
             ram = {phase: size + (self.early if phase in EARLY else self.resident) for phase, size in with_reading.items()}
             return {"ram": {TEXT: self.reading} | ram, "vram": {}}
@@ -370,6 +415,10 @@ def sizes_of(skeleton: Imagined) -> Sizes:
         for _, block in skeleton.blocks
     ]
     names = [name for name in skeleton.outer_names if name in sizes]
+    source = skeleton.source
+    read = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.tensor_names}
+    # Under their names in the checkpoint; where those are others, any tensor may be a block's.
+    inside = [size for name, size in read.items() if any(f"{block}." in name for block, _ in skeleton.blocks)]
     return Sizes(
         blocks=len(blocks),
         block=max(block for block, _ in blocks),
@@ -378,10 +427,8 @@ def sizes_of(skeleton: Imagined) -> Sizes:
         head=sizes.get(head, 0) if head in names else 0,
         token=FLOAT * embedding.weight.shape[-1],
         vocabulary=embedding.weight.shape[0],
-        read=max(
-            math.prod(skeleton.source.shape(name)) * skeleton.source.dtype(name).itemsize
-            for name in skeleton.source.tensor_names
-        ),
+        read=max(read.values()),
+        block_read=max(inside or read.values()),
     )
 
 

@@ -36,20 +36,27 @@ class Shared:
 class Moments:
     """What a group of layers is given, and what is missing there.
 
-    hessian_II: E[x x^T] of the group's input x, float32. tokens: in that mean. missing: full name of a layer -> what is missing
-    at the place behind it (model.places), on all tokens and on the held-out ones. Empty where the streams cannot be compared:
-    an expert sees other tokens in each. shared: of the experts of the layer, where the group is in one.
+    known_II: of x x^T for the group's input x, float32 [I, I]: the sum over all tokens, or their mean where `is_mean`.
+    tokens: in it. missing: full name of a layer -> what is missing at the place behind it (model.places), on all tokens and on
+    the held-out ones. Empty where the streams cannot be compared: an expert sees other tokens in each. shared: of the experts
+    of the layer, where the group is in one.
     """
 
-    hessian_II: Tensor
+    known_II: Tensor
     tokens: int
     missing: Mapping[str, tuple[Evidence, Evidence]] = field(default_factory=dict)
     shared: Shared | None = None
+    is_mean: bool = False
+
+    @property
+    def hessian_II(self) -> Tensor:  # noqa: N802, dimensions are capitals
+        """E[x x^T], float32."""
+        return self.known_II if self.is_mean else self.known_II / max(self.tokens, 1)
 
     @property
     def share(self) -> float:
         """Weight of the shared Hessian in the one to round with."""
-        features = len(self.hessian_II)
+        features = len(self.known_II)
         if self.shared is None or not self.shared.tokens or self.tokens >= FEW_TOKENS * features:
             return 0.0
         return features / (self.tokens + features)
@@ -60,10 +67,11 @@ class Moments:
         return self.tokens > 0 or self.share > 0
 
     def mixed(self) -> Tensor:
-        """The Hessian to round with."""
+        """The Hessian to round with, in the place of `known_II`: nothing here is to be asked after it, nor what is missing."""
+        hessian_II = self.known_II if self.is_mean else self.known_II.div_(max(self.tokens, 1))
         if self.shared is None or self.share == 0:
-            return self.hessian_II
-        return torch.lerp(self.hessian_II, self.shared.hessian_II.to(self.hessian_II), self.share)
+            return hessian_II
+        return hessian_II.lerp_(self.shared.hessian_II.to(hessian_II), self.share)
 
 
 class StoredMoments:
@@ -90,8 +98,9 @@ class StoredMoments:
             if place is not None and place not in self._shared:
                 peers = [peer for peer in self._peers.at(place) if self._tokens[peer]]
                 self._shared = {place: mean_of(peers, self._tokens, lambda name: shard.get_tensor(name).to(device))}
-            hessian_II = shard.get_tensor(first).to(device)
-        return Moments(hessian_II, self._tokens[first], shared=self._shared.get(place or ""))
+            # A copy, which may be written over: the shard's tensors are mapped from its file.
+            hessian_II = shard.get_tensor(first).to(device, copy=True)
+        return Moments(hessian_II, self._tokens[first], shared=self._shared.get(place or ""), is_mean=True)
 
 
 class Peers:

@@ -27,6 +27,19 @@ LOGIT_COPIES = 3
 """The logits of a batch, their probabilities, and those cumulated."""
 
 
+BLOCK_PHASES = (
+    "calibrate, inputs of a block",
+    "output side, gradients",
+    "output side, dampings",
+    "quantize, rounding of a group",
+    "quantize, what a group is given",
+    "quantize, on to the next block",
+)
+"""How the phases begin in which no more than one block is read."""
+
+END_PHASES = ("in front of the blocks", "output side, predictions")
+"""How those end in which what lies outside the blocks is read, and after that something else is done."""
+
 HEAP_COPIES = 2
 """What is kept in the heap among tensors that come and go leaves as much between itself: measured, docs/memory.md."""
 
@@ -41,7 +54,8 @@ HEAP_WASTE = 1.4
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What of a model decides about memory. Bytes in float32: one block with the most; its linears; everything outside the
-    blocks but the head; the head where it is not tied; one token's hidden states. read: of the largest stored tensor.
+    blocks but the head; the head where it is not tied; one token's hidden states. read: of the largest stored tensor, and
+    block_read: of the largest that is stored for a block, as stored.
     """
 
     blocks: int
@@ -52,6 +66,13 @@ class Sizes:
     token: int
     vocabulary: int
     read: int
+    block_read: int = 0
+
+    def reading(self, phase: str) -> int:
+        """Of the largest tensor that is read while what the phase takes is there; those that load the model's ends count it."""
+        if phase.endswith(END_PHASES):
+            return 0
+        return self.block_read if phase.startswith(BLOCK_PHASES) else self.read
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,62 +121,80 @@ def held(size: int, at_once: int, gib: float = DEFAULT_MEMORY_GIB) -> int:
 
 
 def calibrate_phases(
-    sizes: Sizes, text: Text, passes: Passes, groups: Sequence[Group], outputs: Mapping[int, int], two_sided: bool
+    sizes: Sizes,
+    text: Text,
+    passes: Passes,
+    groups: Sequence[Group],
+    outputs: Mapping[int, int],
+    two_sided: bool,
+    memory_gib: float = DEFAULT_MEMORY_GIB,
 ) -> dict[str, int]:
-    """Phase -> bytes. groups: of the block with the most. outputs: outputs of a layer -> bytes to choose its damping."""
-    hidden = text.tokens * sizes.token
+    """Phase -> bytes. groups: of the block with the most. outputs: outputs of a layer -> bytes to choose its damping.
+
+    memory_gib: of activations in memory.
+    """
+    hidden = held(text.tokens * sizes.token, text.batch * sizes.token, memory_gib)
     inputs = sum(FLOAT * group.inputs**2 for group in groups)
     on_the_way = max(passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs)
     found = {
-        "calibrate, in front of the blocks": sizes.outer + max(sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
+        "calibrate, in front of the blocks": sizes.outer
+        + max(sizes.read, sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
         "calibrate, inputs of a block": hidden + sizes.block + int(on_the_way),
     }
     if not two_sided:
         return found
     back, rows = text.batch_back, text.rows_back * text.context
-    streams = held((sizes.blocks + 1) * rows * sizes.token, 2 * back * sizes.token)
+    streams = held((sizes.blocks + 1) * rows * sizes.token, 2 * back * sizes.token, memory_gib)
     squares = [FLOAT * each**2 for group in groups for each in group.outputs]
-    largest = max((bytes_ - 2 * FLOAT * each**2 for each, bytes_ in outputs.items()), default=0)
     return found | {
         "output side, predictions": streams
         + sizes.outer
         + sizes.head
-        + LOGIT_COPIES * FLOAT * back * sizes.vocabulary
-        + NORM_COPIES * back * sizes.token,
-        "output side, gradients of a block": streams
-        + sizes.block
-        + 2 * sum(squares)
-        + max(int(passes.backward_bytes * back), sum(squares) + largest),
+        + max(sizes.read, LOGIT_COPIES * FLOAT * back * sizes.vocabulary + NORM_COPIES * back * sizes.token),
+        "output side, gradients of a block": streams + sizes.block + 2 * sum(squares) + int(passes.backward_bytes * back),
+        "output side, dampings of a block": streams + sum(squares) + max(outputs.values(), default=0),
     }
 
 
 def quantize_phases(
-    sizes: Sizes, text: Text, passes: Passes, groups: Sequence[Group], rounding: Sequence[int], prefix: bool
+    sizes: Sizes,
+    text: Text,
+    passes: Passes,
+    groups: Sequence[Group],
+    rounding: Sequence[int],
+    prefix: bool,
+    changed: Sequence[bool] | None = None,
+    memory_gib: float = DEFAULT_MEMORY_GIB,
 ) -> dict[str, int]:
-    """Phase -> bytes. groups: of the block with the most, rounding: bytes that rounding each of them takes."""
+    """Phase -> bytes. groups: of the block with the most, rounding: bytes that rounding each of them takes.
+
+    changed: whether changes of its input are summed for each; None stands for yes. memory_gib: of activations in memory, for
+    the streams and for what is kept, each.
+    """
     streams = kept = 0
     if prefix:
-        streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token)
-        kept = kept_of(text, sizes, passes)
+        streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token, memory_gib)
+        kept = kept_of(text, sizes, passes, memory_gib)
     flowing = streams + kept + sizes.block
     found: dict[str, int] = {}
-    done = 0
-    for group, needed in zip(groups, rounding, strict=True):
+    for group, needed, is_changed in zip(groups, rounding, changed or [True] * len(groups), strict=True):
         weights = FLOAT * group.inputs * sum(group.outputs)
-        sums = 4 * FLOAT * group.inputs**2 + 2 * weights + int(passes.prefix_bytes * text.batch) if prefix else 0
+        squares = 4 if is_changed else 2
+        sums = squares * FLOAT * group.inputs**2 + 2 * weights + int(passes.prefix_bytes * text.batch) if prefix else 0
         phases = {"quantize, rounding of a group": needed, "quantize, what a group is given": sums}
         for phase, bytes_ in phases.items():
-            found[phase] = max(found.get(phase, 0), flowing + done + bytes_)
-        done += weights if prefix else 0
+            found[phase] = max(found.get(phase, 0), flowing + bytes_)
     if prefix:
+        in_front = NORM_COPIES * text.batch * sizes.token
+        found["quantize, in front of the blocks"] = sizes.outer + max(sizes.read, sizes.block, streams + in_front)
         passing = int((passes.forward_bytes + sizes.token) * text.batch)
         found["quantize, on to the next block"] = flowing + sizes.linears + passing
     return found
 
 
-def kept_of(text: Text, sizes: Sizes, passes: Passes) -> int:
+def kept_of(text: Text, sizes: Sizes, passes: Passes, gib: float = DEFAULT_MEMORY_GIB) -> int:
     """Bytes of what the quantized prefix keeps of a block, and of the holes that it leaves in the heap."""
-    kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
+    kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch), gib)
     return kept * (HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1)
 
 

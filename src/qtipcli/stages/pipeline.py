@@ -46,19 +46,26 @@ def quantize_model(
     watcher: Watcher,
     force: bool = False,
     pack_after: bool = True,
+    limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> Path:
     """Calibrate unless that is done, round, and pack to `out`; each step goes on where an earlier run stopped.
 
     calibration: the fields of CalibrationSettings that the user asked for; the others are as the Hessians have them.
-    Returns the packed directory, or the run directory with pack_after False.
+    limit_blocks: work on the first blocks only, and pack nothing unless these are all.
+    memory_gib: as of the stages.
+    Returns the packed directory, or the run directory with pack_after False or blocks left to do.
     """
     pack.refuse_surroundings(out)
     job = job_directory(out)
     if pack_after and (force or not _is_packed(job, out)):
         whole.refuse_occupied(out, force)
         pack.refuse_links(pack.other_files(source.directory), source.directory)
-    _calibrate(source, calibration, settings, hessians, force, watcher)
-    quantize.run(source, settings, hessians, job, force, watcher)
+    _calibrate(source, calibration, settings, hessians, force, watcher, limit_blocks, memory_gib)
+    quantize.run(source, settings, hessians, job, force, watcher, limit_blocks, memory_gib)
+    if limit_blocks is not None and limit_blocks < (count := len(Skeleton(source).blocks)):
+        watcher.note(f"the first {limit_blocks} of {count} blocks are rounded: the same command without --limit-blocks goes on")
+        return job
     return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
 
 
@@ -73,6 +80,7 @@ def allocate_model(
     watcher: Watcher,
     force: bool = False,
     pack_after: bool = True,
+    memory_gib: float | None = None,
 ) -> Path:
     """As `quantize_model`, with a rate for each layer that is measured to be worth its bytes.
 
@@ -86,7 +94,7 @@ def allocate_model(
         whole.refuse_occupied(out, force)
         pack.refuse_links(pack.other_files(source.directory), source.directory)
     allocate.check(source, settings, allocation)
-    _calibrate(source, calibration, settings, hessians, force, watcher)
+    _calibrate(source, calibration, settings, hessians, force, watcher, memory_gib=memory_gib)
     try:
         sensitivity.run(source, settings, allocation.sensitivity(), hessians, sensitivities, force, watcher)
     except MismatchError as error:
@@ -99,7 +107,7 @@ def allocate_model(
         del jobs[UNIFORM]
     for which, job in jobs.items():
         watcher.note(f"{which}: predicted KL {table['predicted_kl'][which]:.4g} at {table['bytes'][which]:,} bytes, in {job}")
-        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher)
+        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher, memory_gib=memory_gib)
     kept = ALLOCATED
     if UNIFORM in jobs:
         verdict = allocate.judge(source, sensitivities, jobs, decision, watcher)
@@ -124,6 +132,8 @@ def _calibrate(
     directory: Path,
     force: bool,
     watcher: Watcher,
+    limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> None:
     """Make or complete the Hessians that a job with the settings `quantize` needs."""
     wants_outer = outer.shard_keys(quantize.model_dump())
@@ -138,20 +148,20 @@ def _calibrate(
             source.directory
         )
         is_whole = not force or not found.damaged()
-        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source)):
+        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source), limit_blocks):
             # Finished Hessians do not need their text any more: it may have been moved.
             watcher.note(f"the Hessians in {directory} are used")
             lacks_head = head and not found.done(calibrate.HEAD)
-            lacks_outputs = two_sided and not calibrate.has_output_side(found)
+            lacks_outputs = two_sided and not calibrate.has_output_side(found, limit_blocks)
             if lacks_head:
                 watcher.note(f"that of the head's input is added to {directory}")
             if lacks_outputs:
                 watcher.note(f"those of layers' outputs are added to {directory}")
             if lacks_head or lacks_outputs:
-                calibrate.add(source, directory, watcher, head, two_sided)
+                calibrate.add(source, directory, watcher, head, two_sided, limit_blocks, memory_gib)
             return
     try:
-        calibrate.run(source, settings, directory, force, watcher, head, two_sided)
+        calibrate.run(source, settings, directory, force, watcher, head, two_sided, limit_blocks, memory_gib)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"

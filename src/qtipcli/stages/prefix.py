@@ -22,6 +22,7 @@ from qtipcli.model.inputs import BlockCall, BlockInput, capture_first_inputs, ru
 from qtipcli.model.linears import CHUNK_TOKENS
 from qtipcli.model.places import OUTPUT, PROBE_TOKENS, Place, find_places, look, signature
 from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import count_infinite
 from qtipcli.quant.correction import Evidence
 from qtipcli.stages import streams
 from qtipcli.stages.few_tokens import Moments, Peers, Shared, peers_of
@@ -94,6 +95,10 @@ class Prefix:
             for key, tensor in seen.items():
                 self._kept[key].write(batch, tensor)
 
+    def sums_changes(self, index: int, names: Sequence[str]) -> bool:
+        """Whether `moments` of these layers also sums what has changed of their input: a second pair of sums of its square."""
+        return bool(self._group(index, names).own)
+
     def moments(self, index: int, names: Sequence[str], rounded: Mapping[str, Tensor]) -> Moments:
         """Of layers of block `index`, the last one entered, that share one input.
 
@@ -158,7 +163,7 @@ class Prefix:
             _refuse_infinite(name or peers[0], bool(torch.isfinite(summed).all()))
             shared_II += summed / max(total, 1)
         shared = Shared(shared_II, total)
-        return {name: Moments(sums[name] / max(tokens[name], 1), tokens[name], shared=shared) for name in chosen}
+        return {name: Moments(sums[name], tokens[name], shared=shared) for name in chosen}
 
     def advance(self, index: int, rounded: Mapping[str, Tensor]) -> None:
         """Take both streams through block `index`, which is materialized, whether it was entered or not."""
@@ -232,7 +237,8 @@ class _Sums:
         rows = {name: block.get_submodule(name).out_features for name in group.places}
         self._tokens, self._heldout_tokens = 0, 0
         # Each for all tokens, and for those held out.
-        self._hessians, self._changes = ([torch.zeros(size, size, device=device) for _ in range(2)] for _ in range(2))
+        self._hessians = [torch.zeros(size, size, device=device) for _ in range(2)]
+        self._changes = [torch.zeros(size, size, device=device) for _ in range(2)] if group.own else []
         self._missing = [{name: torch.zeros(count, size, device=device) for name, count in rows.items()} for _ in range(2)]
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
@@ -255,8 +261,8 @@ class _Sums:
 
     def is_finite(self) -> bool:
         """Also what follows from sums of one part, which are of fewer tokens."""
-        totals = (self._hessians[0], self._changes[0], *self._missing[0].values())
-        return all(bool(torch.isfinite(total).all()) for total in totals)
+        totals = (self._hessians[0], *self._changes[:1], *self._missing[0].values())
+        return all(not count_infinite(total) for total in totals)
 
     def moments(self, stem: str) -> Moments:
         """stem: in front of the names of the block's layers."""
@@ -267,7 +273,7 @@ class _Sums:
                 Evidence(self._hessians[part], self._missing_behind(name, part), counts[part]) for part in range(2)
             )
             found[f"{stem}{name}"] = (seen, heldout)
-        return Moments(self._hessians[0] / max(self._tokens, 1), self._tokens, found)
+        return Moments(self._hessians[0], self._tokens, found)
 
     def _missing_behind(self, name: str, part: int) -> Tensor:
         # Behind a layer to whose output nothing is added W (x - x^) is missing.

@@ -28,6 +28,7 @@ from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource, check_finite
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
+from qtipcli.quant.batches import InBatches
 from qtipcli.quant.correction import corrected
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
 from qtipcli.quant.output_side import OutputHessian
@@ -36,9 +37,13 @@ from qtipcli.quant.transform import Transform
 from qtipcli.stages import backward, calibrate, outer, streams
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.few_tokens import FEW_TOKENS, StoredMoments
+from qtipcli.stages.fitting import default_memory_gib
 from qtipcli.stages.load import default_device
+from qtipcli.stages.output_hessians import StoredOutputs
 from qtipcli.stages.prefix import Prefix
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.rounding_rates import Group, rounding_bytes
+from qtipcli.stages.shortage import explained
 from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
 from qtipcli_kernels.spec import TrellisSpec
@@ -59,10 +64,14 @@ def run(
     directory: Path,
     force: bool = False,
     watcher: Watcher | None = None,
+    limit_blocks: int | None = None,
+    memory_gib: float | None = None,
 ) -> Path:
     """Fill `directory` with the model's rounded layers, going on where an earlier run stopped; returns it.
 
-    hessians: a finished calibrate run directory of the same model.
+    hessians: a finished calibrate run directory of the same model. limit_blocks: round the first blocks only; the others, and
+    what lies outside the blocks, are left for another run. memory_gib: activations beyond this go to a file; None takes what is
+    sensible here. It changes no bit.
     Raises MismatchError where either directory holds another job, QtipError where a layer cannot be rounded.
     """
     watcher = watcher or Silent()
@@ -75,7 +84,7 @@ def run(
         "calibration": fingerprint_text(repr(calibration.settings), repr(calibration.fingerprint)),
         "versions": fingerprint_versions(),
     }
-    if settings.two_sided and not calibrate.has_output_side(calibration):
+    if settings.two_sided and not calibrate.has_output_side(calibration, limit_blocks):
         raise QtipError(f"{hessians} has no Hessians of outputs", "qtip calibrate --two-sided, or quantize with --one-sided")
     frozen = settings.model_dump()
     if settings.tune_blocks is None:
@@ -85,7 +94,11 @@ def run(
             del frozen[name]  # as above
     with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
         stage = _Quantizer(source, settings, calibration, job, watcher)
-        stage.run()
+        stage.memory_gib = default_memory_gib() if memory_gib is None else memory_gib
+        blocks = calibrate.first_blocks(len(stage.skeleton.blocks), limit_blocks)
+        stage.run(blocks)
+        if len(blocks) < len(stage.skeleton.blocks):
+            return directory
         stage.run_outer()
         if not job.done(CALIBRATION):
             rows = calibration.report(calibrate.TOKENS)["rows"]
@@ -107,6 +120,10 @@ class _Quantizer:
         self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
         self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
+        # What is being rounded, by its full names.
+        self.now: list[str] = [source.name]
+        self.encode = InBatches(self._note_smaller)
+        self.memory_gib = streams.DEFAULT_MEMORY_GIB
         # Compiled once: an allocation has a pattern for each of what may be thousands of layers.
         self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
         for note in self.skeleton.notes:
@@ -119,8 +136,8 @@ class _Quantizer:
                 f"{calibration.path} has no Hessian of the head's input", "add it: qtip calibrate --head, else as before"
             )
 
-    def run(self) -> None:
-        blocks = range(len(self.skeleton.blocks))
+    def run(self, blocks: range) -> None:
+        """Round these blocks, the first ones."""
         missing = [index for index in blocks if not self.job.done(block_key(index))]
         self.watcher.begin("quantize", len(blocks), len(blocks) - len(missing))
         if missing and self.settings.tune_blocks is not None:
@@ -131,7 +148,9 @@ class _Quantizer:
             for index in blocks:
                 checkpoint()
                 if index in missing:
-                    self.job.commit(block_key(index), *self._round_block(index, prefix))
+                    with explained(lambda: self.now[0], self._takes_now):
+                        tensors, report = self._round_block(index, prefix)
+                    self.job.commit(block_key(index), tensors, report)
                     self.watcher.advance(self.skeleton.blocks[index][0])
                 if prefix is not None and index < missing[-1]:
                     self.skeleton.materialize(index)
@@ -145,8 +164,8 @@ class _Quantizer:
         tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
         batches = tokens.split(max(1, calibrate.BATCH_TOKENS // tokens.shape[1]))
         names = ("original", "quantized")
-        both, calls = streams.start(self.skeleton, batches, names, self.job.path, streams.DEFAULT_MEMORY_GIB, self.watcher)
-        return Prefix(self.skeleton, *both, calls, tokens[:1], self.job.path)
+        both, calls = streams.start(self.skeleton, batches, names, self.job.path, self.memory_gib, self.watcher)
+        return Prefix(self.skeleton, *both, calls, tokens[:1], self.job.path, self.memory_gib)
 
     def run_outer(self) -> None:
         """Round what lies outside the blocks, one matrix in memory at a time."""
@@ -156,11 +175,13 @@ class _Quantizer:
         for matrix in missing:
             checkpoint()
             name, started = matrix.name, time.monotonic()
+            self.now = [name]
             weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device, torch.float32)
             check_finite(f"{name}.weight", weight)
             size_O = row_sizes(weight)
             hessian_II = matrix.hessian(self.calibration).to(weight.device)
-            even = self._round({name: weight / size_O[:, None]}, hessian_II)[name]
+            with explained(lambda: self.now[0], self._takes_now):
+                even = self._round({name: weight / size_O[:, None]}, hessian_II)[name]
             packed = with_row_sizes(even, size_O)
             report = self._report(name, packed, matrix.stand_in(), math.inf) | matrix.report()
             tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
@@ -171,7 +192,8 @@ class _Quantizer:
     def _run_tuned(self, missing: list[int], settings: BlockTuning) -> None:
         """Round a block, tune it, and round the next one behind it."""
         tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
-        tuner = BlockTuner(self.skeleton, tokens, heldout_of(len(tokens)), settings, self.job.path, self.watcher)
+        heldout = heldout_of(len(tokens))
+        tuner = BlockTuner(self.skeleton, tokens, heldout, settings, self.job.path, self.watcher, self.memory_gib)
         try:
             for index in range(missing[-1] + 1):
                 checkpoint()
@@ -179,7 +201,8 @@ class _Quantizer:
                     stored, tuned = self.job.read(block_key(index)), self.job.report(block_key(index))["tuned"]
                     tuner.skip(index, self._stored_layers(index, stored), {name: stored[name] for name in tuned})
                     continue
-                tensors, report = self._round_block(index, tuner.prefix if self.settings.quantized_prefix else None)
+                with explained(lambda: self.now[0], self._takes_now):
+                    tensors, report = self._round_block(index, tuner.prefix if self.settings.quantized_prefix else None)
                 prefix, block = self.skeleton.blocks[index]
                 vectors = [f"{prefix}.{name}" for name, parameter in block.named_parameters() if parameter.ndim == 1]
                 dtypes = {name: self.skeleton.read(name).dtype for name in vectors if self.skeleton.holds(name)}
@@ -215,6 +238,7 @@ class _Quantizer:
             left |= {name: "skipped by the settings" for name in names if name not in chosen}
             if not chosen:
                 continue
+            self.now = chosen
             moments = prefix.moments(index, names, rounded) if prefix else stored_moments.of(names, self.skeleton.device)
             if not moments.seen:
                 left |= dict.fromkeys(chosen, "never called in calibration")
@@ -226,16 +250,19 @@ class _Quantizer:
                 check_finite(f"{name}.weight", weight)
                 if name in moments.missing:
                     weights[name], corrections[name] = corrected(weight, *moments.missing[name])
-            packed = self._round(weights, moments.mixed(), self._outputs(index, chosen))
+            tokens, share, hessian_II = moments.tokens, moments.share, moments.mixed()
+            del moments
+            packed = self._round(weights, hessian_II, self._outputs(index, chosen))
             seconds = (time.monotonic() - started) / len(chosen)
             for name, matrix in packed.items():
                 stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
                 layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
-                layers[name] |= {"tokens": moments.tokens, "shared_hessian": moments.share} if moments.share else {}
+                layers[name] |= {"tokens": tokens, "shared_hessian": share} if share else {}
                 self._announce(name, layers[name], seconds)
                 if prefix is not None:
                     layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
-                    rounded[name] = layer.weight_dense()
+                    # The original is not needed any more.
+                    rounded[name] = linears[name].weight.data = layer.weight_dense()
                 tensors |= stored
         self._note_few_tokens(stem, layers)
         return tensors, {"layers": layers, "left": left}
@@ -251,7 +278,7 @@ class _Quantizer:
 
     def _round(
         self,
-        weights: Mapping[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
         hessian_II: torch.Tensor,
         outputs: Mapping[str, OutputHessian] | None = None,
     ) -> dict[str, PackedMatrix]:
@@ -267,7 +294,7 @@ class _Quantizer:
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, hessian_II, specs, settings, luts, outputs)
+        return round_group(weights, hessian_II, specs, settings, luts, outputs, self.encode, consume=True)
 
     def _outputs(self, index: int, names: list[str]) -> dict[str, OutputHessian] | None:
         """Hessians of the outputs of a group's layers; None where they are not asked for, or one had no gradients."""
@@ -278,14 +305,19 @@ class _Quantizer:
         if not all(name in layers for name in names):
             return None
         self.calibration.verify(key)
-        with self.calibration.open_shard(key) as shard:
-            return {
-                name: OutputHessian(
-                    shard.get_tensor(name).to(self.skeleton.device),
-                    math.inf if layers[name]["damping"] is None else layers[name]["damping"],
-                )
-                for name in names
-            }
+        return StoredOutputs(self.calibration, key, names, self.skeleton.device)
+
+    def _note_smaller(self, tiles: int) -> None:
+        self.watcher.note(f"{self.now[0]}: memory ran out, so that tiles are encoded {tiles} at a time from here on")
+
+    def _takes_now(self) -> int:
+        """Bytes that rounding takes of what is being rounded."""
+        linears = [self._linear(name) for name in self.now]
+        group = Group(tuple(linear.out_features for linear in linears), linears[0].in_features)
+        return rounding_bytes(group, self.settings, self._spec(self.now[0]), self.skeleton.device)
+
+    def _linear(self, name: str) -> torch.nn.Linear:
+        return self.outer[name].stand_in() if name in self.outer else self.skeleton.model.get_submodule(name)
 
     def _spec(self, name: str) -> TrellisSpec:
         if name in self.outer:

@@ -35,6 +35,9 @@ PROBE_TOKENS = 64
 """Tokens of the pass that decides how many are measured with, and of the one that counts memory."""
 
 
+NO_LIMIT_GIB = 2.0**20
+"""Of what is kept in memory: nothing is written while something is measured."""
+
 LARGEST_HEAD = 8192
 """Rows of the head that are measured with."""
 
@@ -46,7 +49,7 @@ class Passes:
     calibrate, output_side, prefix: all passes of that stage with its sums. forward: one plain pass.
     *_bytes: of a forward pass; of the pass that finds which layers share an input; of a pass back; of the passes of the
     quantized prefix. kept_bytes: what the prefix keeps of the original's pass, until the block is rounded.
-    tokens: that were measured with.
+    tokens: that were measured with. changed: layers of groups that Prefix.sums_changes says yes of; by their names in a block.
     """
 
     calibrate: float
@@ -58,6 +61,7 @@ class Passes:
     prefix_bytes: float
     kept_bytes: float
     tokens: int
+    changed: frozenset[str] = frozenset()
 
 
 def alike(skeleton: Skeleton) -> list[tuple[int, ...]]:
@@ -99,7 +103,7 @@ def measure_passes(
             part = rows[:1, : max(PROBE_TOKENS, affordable)]
         block = _Block(skeleton, index, groups, part)
         tokens = part.numel()
-        kept, prefix_seconds, prefix_bytes = block.prefix() if prefix else (0.0, 0.0, 0.0)
+        kept, prefix_seconds, prefix_bytes, changed = block.prefix() if prefix else (0.0, 0.0, 0.0, frozenset())
         return Passes(
             calibrate=elapsed(block.calibrate, skeleton.device) / tokens,
             output_side=(elapsed(block.forward, skeleton.device) + elapsed(block.backward, skeleton.device)) / tokens
@@ -112,6 +116,7 @@ def measure_passes(
             prefix_bytes=prefix_bytes,
             kept_bytes=kept,
             tokens=tokens,
+            changed=changed,
         )
     finally:
         skeleton.release(index)
@@ -150,15 +155,16 @@ class _Block:
         if output.requires_grad:
             torch.autograd.grad(output, hidden, torch.ones_like(output))
 
-    def prefix(self) -> tuple[float, float, float]:
-        """(bytes kept for each token, seconds of all passes of the quantized prefix, bytes for each token of their largest)."""
+    def prefix(self) -> tuple[float, float, float, frozenset[str]]:
+        """(bytes kept for each token, seconds of all passes of the quantized prefix, bytes for each token of their largest,
+        layers whose changes of input are summed)."""
         name = self.skeleton.blocks[self.index][0]
         named = [[f"{name}.{layer}" for layer in group.names] for group in self.groups if group.called]
         nowhere = Path()
         streams = [Activations([tuple(self.input.hidden.shape)], self.input.hidden.dtype) for _ in range(2)]
         for stream in streams:
             stream.write(0, self.input.hidden)
-        prefix = Prefix(self.skeleton, *streams, [self.input.calls], self.rows[:1], nowhere, float("inf"))
+        prefix = Prefix(self.skeleton, *streams, [self.input.calls], self.rows[:1], nowhere, NO_LIMIT_GIB)
         self.skeleton.materialize(self.index)
         prefix.enter(self.index, named)  # finds the places, once for all blocks alike
         with LiveBytes() as entering:
@@ -168,8 +174,10 @@ class _Block:
         for names in named:
             seconds += elapsed(lambda names=names: prefix.moments(self.index, names, {}), self.skeleton.device)
         seconds += elapsed(lambda: prefix.advance(self.index, {}), self.skeleton.device)
+        changed = [layer for names in named if prefix.sums_changes(self.index, names) for layer in names]
         prefix.close()
-        return kept / self.rows.numel(), seconds, max(0.0, entering.peak - kept) / self.rows.numel()
+        passing = max(0.0, entering.peak - kept) / self.rows.numel()
+        return kept / self.rows.numel(), seconds, passing, frozenset(layer.removeprefix(f"{name}.") for layer in changed)
 
 
 def head_seconds(width: int, vocabulary: int, device: torch.device) -> float:

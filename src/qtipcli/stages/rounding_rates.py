@@ -8,6 +8,7 @@ of products that grow with the cube.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from qtipcli_kernels.codes import default_lut, tabulate
 from qtipcli_kernels.dispatch import encode
 from qtipcli_kernels.spec import TILE, TILE_WEIGHTS, TrellisSpec
 
-LARGEST_COUNTED = 512
+LARGEST_COUNTED = 1024
 """Largest side of the matrices that memory is counted on."""
 
 ENCODER_SECONDS = 0.4
@@ -130,12 +131,14 @@ def rounding_rates(settings: QuantizeSettings, device: torch.device) -> Rounding
 
 
 def rounding_bytes(group: Group, settings: QuantizeSettings, spec: TrellisSpec, device: torch.device) -> int:
-    """Most bytes alive while a group is corrected and rounded, what is known of its input and outputs included."""
+    """Most bytes alive while a group is corrected and rounded: what is known of its input and outputs included, not the
+    weights themselves."""
     small, factor = group.shrunk()
     tiny = TrellisSpec(spec.code, spec.bits_per_step, max(spec.bits_per_step, min(spec.state_bits, 8)), spec.weights_per_step)
     search = settings.search and settings.scale is None and factor == 1.0
+    weights = _weights(small, device)
     with LiveBytes() as live:
-        _round(small, settings, tiny, device, search)
+        _round_weights(weights, settings, tiny, search)
     return int(live.peak * factor)
 
 
@@ -157,29 +160,58 @@ def output_side_seconds(outputs: int, device: torch.device) -> float:
 
 def _round(group: Group, settings: QuantizeSettings, spec: TrellisSpec, device: torch.device, search: bool) -> None:
     """As the quantize stage rounds a group of a block."""
+    _round_weights(_weights(group, device), settings, spec, search)
+
+
+def _weights(group: Group, device: torch.device) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    weights = {
+    return {
         str(number): torch.randn(outputs, group.inputs, generator=draw).to(device)
         for number, outputs in enumerate(group.outputs)
     }
-    hessian_II = _hessian(group.inputs, device)
+
+
+def _round_weights(weights: dict[str, torch.Tensor], settings: QuantizeSettings, spec: TrellisSpec, search: bool) -> None:
+    """As `_round`; the original weights are a part of the block, and not let go of."""
+    one = next(iter(weights.values()))
+    hessian_II = _hessian(one.shape[1], one.device)
     rounding = RoundingSettings(
         Transform.parse(settings.transform), settings.damping, settings.refit, settings.scale, search, settings.fast
     )
-    evidence: dict[str, tuple[Evidence, Evidence]] = {}
+    given = dict(weights)
     if settings.quantized_prefix:
-        for name, weight in weights.items():
-            evidence[name] = (Evidence(hessian_II, weight.clone(), 8), Evidence(hessian_II / 8, weight / 8, 1))
-        weights = {name: corrected(weight, *evidence[name])[0] for name, weight in weights.items()}
-    outputs = None
-    if settings.two_sided:
-        outputs = {name: OutputHessian(_hessian(len(weight), device), 1e-2) for name, weight in weights.items()}
+        heldout_II = hessian_II / 8
+        evidence = {
+            name: (Evidence(hessian_II, weight.clone(), 8), Evidence(heldout_II, weight / 8, 1))
+            for name, weight in weights.items()
+        }
+        given = {name: corrected(weight, *evidence[name])[0] for name, weight in weights.items()}
+        del evidence, heldout_II
+    outputs = _Outputs(weights) if settings.two_sided else None
     table = default_lut(spec)
-    round_group(weights, hessian_II, dict.fromkeys(weights, spec), rounding, dict.fromkeys(weights, table), outputs)
+    round_group(
+        given, hessian_II, dict.fromkeys(weights, spec), rounding, dict.fromkeys(weights, table), outputs, consume=True
+    )  # fmt: skip
+
+
+class _Outputs(Mapping[str, OutputHessian]):
+    """Made anew each time, as the stage reads them."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> OutputHessian:
+        return OutputHessian(_hessian(len(self._weights[name]), self._weights[name].device), 1e-2)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def _hessian(size: int, device: torch.device) -> torch.Tensor:
-    return torch.eye(size, device=device) + 0.1
+    return torch.eye(size, device=device).add_(0.1)
 
 
 def _positive_fit(rows: list[list[float]], times: list[float]) -> tuple[float, float, float]:

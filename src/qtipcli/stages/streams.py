@@ -59,3 +59,27 @@ def _captured(skeleton: Skeleton, batches: Sequence[Tensor], at_once: int) -> It
 def batch_at(stream: Activations, calls: Sequence[tuple[BlockCall, ...]], index: int) -> BlockInput:
     """One batch of a stream as the next block gets it."""
     return BlockInput(stream.read(index), calls[index])
+
+
+class StoredInput(BlockInput):
+    """One batch of a stream, which is read when it is asked for and written when it is assigned."""
+
+    def __init__(self, stream: Activations, index: int, calls: tuple[BlockCall, ...]) -> None:
+        self._stream, self._index, self.calls = stream, index, calls
+
+    @property
+    def hidden(self) -> Tensor:  # type: ignore[override]
+        """As the next block gets it."""
+        return self._stream.read(self._index)
+
+    @hidden.setter
+    def hidden(self, tensor: Tensor) -> None:
+        self._stream.write(self._index, tensor)
+
+
+def first_inputs(
+    skeleton: Skeleton, batches: Sequence[Tensor], directory: Path, memory_gib: float, watcher: Watcher
+) -> list[BlockInput]:
+    """One stream as batches that are read from it and written to it as they are used."""
+    (stream,), calls = start(skeleton, batches, ["inputs"], directory, memory_gib, watcher)
+    return [StoredInput(stream, index, each) for index, each in enumerate(calls)]
