@@ -51,7 +51,7 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    if context.invoked_subcommand != "finetune":
+    if context.invoked_subcommand not in launcher.SHARED:
         launcher.refuse_several(str(context.invoked_subcommand))
 
 
@@ -67,6 +67,9 @@ def calibrate(
         bool, typer.Option("--two-sided/--one-sided", help="One of each layer's outputs, too, by one pass back.")
     ] = True,
     head: Annotated[bool, typer.Option("--head", help="That of the head's input too; it can be added later.")] = False,
+    slices: Annotated[
+        int | None, typer.Option(help="Of the text, which as many processes can share; part of the result [8].", min=1)
+    ] = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -74,19 +77,26 @@ def calibrate(
     as_json: options.Json = False,
 ) -> None:
     """Measure what the model's layers see: one proxy Hessian for each input, saved once and used for every bitrate."""
+    launcher.refuse_lone()
+
+    from qtipcli.job.processes import together
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import calibrate, pipeline
 
-    settings = settings_from(CalibrationSettings, options.given(data=data, samples=samples, context=context, seed=seed))
+    asked = options.given(data=data, samples=samples, context=context, seed=seed, slices=slices)
+    settings = settings_from(CalibrationSettings, asked)
     if dry_run:
+        launcher.refuse_several("calibrate --dry-run")
         dry_runs.calibrate(model, revision, trust_remote_code, as_json, settings, out, head, two_sided)
         return
-    source = ModelSource.open(model, revision, trust_remote_code)
-    with Display() as display:
+    with together() as processes, Display(quiet=not processes.is_main) as display:
+        with processes.main_first():
+            source = ModelSource.open(model, revision, trust_remote_code)
         directory = calibrate.run(
-            source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided
+            source, settings, out or pipeline.hessians_directory(source), force, display, head, two_sided, processes
         )  # fmt: skip
-    print_json({"directory": str(directory)}) if as_json else print(directory)
+    if processes.is_main:
+        print_json({"directory": str(directory)}) if as_json else print(directory)
 
 
 @app.command()
@@ -159,26 +169,36 @@ def quantize(
         data=data, samples=samples, context=context, seed=seed
     )
     if dry_run:
+        launcher.refuse_several("quantize --dry-run")
         dry_runs.quantize(
             model, revision, trust_remote_code, as_json, calibration, settings, allocation, hessians, out, pack
         )  # fmt: skip
         return
     pushing.check(push_to, pack)
+    launcher.refuse_lone()
+    if allocation is not None:
+        launcher.refuse_several("quantize with a measured allocation")
+
+    from qtipcli.job.processes import together
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pipeline
 
-    source = ModelSource.open(model, revision, trust_remote_code)
-    target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
-    where = hessians or pipeline.hessians_directory(source)
-    with Display() as display:
+    with together() as processes, Display(quiet=not processes.is_main) as display:
+        with processes.main_first():
+            source = ModelSource.open(model, revision, trust_remote_code)
+        target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
+        where = hessians or pipeline.hessians_directory(source)
         if allocation is None:
-            result = pipeline.quantize_model(source, calibration, settings, where, target, display, force, pack)
+            result = pipeline.quantize_model(
+                source, calibration, settings, where, target, display, force, pack, processes
+            )  # fmt: skip
         else:
             measured = sensitivities or pipeline.sensitivities_directory(where, settings.code)
             result = pipeline.allocate_model(
                 source, calibration, settings, allocation, where, measured, target, display, force, pack
             )
-    _summarize(result, as_json, push_to) if pack else print(result)
+    if processes.is_main:
+        _summarize(result, as_json, push_to) if pack else print(result)
 
 
 @app.command("pack")

@@ -15,7 +15,7 @@ from qtipcli.job.record import differences, normalized
 
 
 class SharedDirectory(RunDirectory):
-    """A RunDirectory that every process of a job has open. `commit` and `forget` are collective."""
+    """A RunDirectory that every process of a job has open. `commit`, `meet` and `forget` are collective."""
 
     _processes = ALONE
 
@@ -35,7 +35,7 @@ class SharedDirectory(RunDirectory):
         """
         _refuse_different(processes, {"stage": stage, "settings": normalized(settings), "fingerprint": normalized(fingerprint)})
         with processes.main_first():
-            opened = cls.open(path, stage, settings, fingerprint, force) if processes.is_main else cls.load(path, stage)
+            opened = cls.open(path, stage, settings, fingerprint, force) if processes.is_main else _loaded(cls, path, stage)
         opened._processes = processes
         return opened
 
@@ -49,19 +49,35 @@ class SharedDirectory(RunDirectory):
         """As RunDirectory.commit. Only the first process's tensors and report count."""
         if self._processes.is_main:
             super().commit(key, tensors, report, metadata)
-        self._meet()
+        self.meet()
+
+    def commit_unseen(
+        self, key: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any] | None = None
+    ) -> None:
+        """As RunDirectory.commit, in the first process alone: the others go on, and see it when all call `meet`."""
+        super().commit(key, tensors, report)
 
     def forget(self, *keys: str) -> None:
         """As RunDirectory.forget."""
         if self._processes.is_main:
             super().forget(*keys)
-        self._meet()
+        self.meet()
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
+        """Wait for all, and see what the first process has finished."""
         self._processes.barrier()
         if not self._processes.is_main:
             self.refresh()
         self._processes.barrier()  # or the first could write the ledger while others read it
+
+
+def _loaded(kind: type[SharedDirectory], path: Path, stage: str) -> SharedDirectory:
+    if not (path / "job.json").is_file():
+        raise SettingsError(
+            f"{path}, which the first process has just opened, is not there for another one",
+            "all processes work in one directory: put it on a file system that all machines share, under the same path",
+        )
+    return kind.load(path, stage)
 
 
 def _refuse_different(processes: Processes, asked: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ from qtipcli.quant.incoherence import random_signs, rotate_hessian, rotate_weigh
 from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq, round_two_sided
 from qtipcli.quant.output_side import OutputHessian
 from qtipcli.quant.refit import refit_scales
-from qtipcli.quant.scale import rms, search_scale, source_scale, tile_rounder
+from qtipcli.quant.scale import Encode, rms, search_scale, source_scale, tile_rounder
 from qtipcli.quant.transform import Transform
 from qtipcli_kernels.codes import tabulate
+from qtipcli_kernels.dispatch import encode
 from qtipcli_kernels.packing import pack
 from qtipcli_kernels.spec import TrellisSpec
 
@@ -72,12 +73,14 @@ def round_group(
     settings: RoundingSettings,
     luts: Mapping[str, torch.Tensor | None],
     outputs: Mapping[str, OutputHessian] | None = None,
+    encode: Encode = encode,
 ) -> dict[str, PackedMatrix]:
     """Round layers that see the same input; they share its signs, its transform and their scale_in.
 
     weights: name -> [O, I], any float dtype. hessian_II: E[x x^T] of the shared input, on the same device, where the work is
     done. specs: name -> trellis. luts: name -> the code's table, None where it is computed. outputs: name -> Hessian of its
-    outputs, of every layer or of none: their scales weigh the layers against each other in the shared scale_in.
+    outputs, of every layer or of none: their scales weigh the layers against each other in the shared scale_in. encode: what
+    encodes the tiles.
     Deterministic: the same arguments give the same bits, whatever was rounded before. What is packed is on the CPU.
     """
     names = list(weights)
@@ -91,7 +94,7 @@ def round_group(
     sides = {name: outputs[name].damped() for name in names} if outputs else {}
     layers = {
         name: _round(
-            name, weights[name].detach().to(torch.float32), specs[name], luts[name], basis, settings, sides.get(name)
+            name, weights[name].detach().to(torch.float32), specs[name], luts[name], basis, settings, sides.get(name), encode
         )
         for name in names
     }  # fmt: skip
@@ -139,17 +142,18 @@ def _round(
     basis: _Basis,
     settings: RoundingSettings,
     side: DampedHessian | None,
+    encode: Encode,
 ) -> _RoundedLayer:
     signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out").to(weight_OI.device)
     turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform, settings.transform_out)
     weight_rms = rms(turned_PJ)
     scale = settings.scale if settings.scale is not None else source_scale(spec)
     if settings.search and settings.scale is None and weight_rms > 0:
-        scale = search_scale(turned_PJ, basis.lower_JJ, basis.hessian_JJ, spec, lut)
+        scale = search_scale(turned_PJ, basis.lower_JJ, basis.hessian_JJ, spec, lut, encode)
     table_SV = tabulate(spec, lut).to(weight_OI.device)
     # A matrix of zeros gets step size 0, which makes its scale_out 0, whatever walk is stored.
     step_size = weight_rms / (scale * rms(table_SV))
-    target_PJ, round_tiles = turned_PJ / (step_size or 1.0), tile_rounder(spec, table_SV, settings.fast)
+    target_PJ, round_tiles = turned_PJ / (step_size or 1.0), tile_rounder(spec, table_SV, settings.fast, encode)
     if side is None:
         states, rounded_PJ = round_ldlq(target_PJ, basis.lower_JJ, round_tiles)
     else:

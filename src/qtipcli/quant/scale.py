@@ -6,6 +6,7 @@ alone; under LDLQ the fed-back error widens what is rounded, by an amount that d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -49,12 +50,16 @@ SEARCH_ROWS = 8 * TILE
 """Rows that the search rounds. Rows are rounded independently of one another, so a part stands for the whole."""
 
 
+Encode = Callable[[torch.Tensor, TrellisSpec, torch.Tensor, bool], torch.Tensor]
+"""What dispatch.encode does: tiles, trellis, table, whether fast -> states. Another one may share the tiles with others."""
+
+
 def source_scale(spec: TrellisSpec) -> float:
     """The table's ratio of rms(weights) to rms(code) for this code and rate."""
     return (HYBRID_SCALES if spec.code in ("hyb", "hyb2") else COMPUTED_SCALES)[spec.bits]
 
 
-def tile_rounder(spec: TrellisSpec, table_SV: torch.Tensor, fast: bool = False) -> RoundTiles:
+def tile_rounder(spec: TrellisSpec, table_SV: torch.Tensor, fast: bool = False, encode: Encode = encode) -> RoundTiles:
     """Rounds tiles to their nearest walks."""
 
     def round_tiles(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +75,12 @@ def rms(values: torch.Tensor) -> float:
 
 
 def search_scale(
-    weight_PJ: torch.Tensor, lower_JJ: torch.Tensor, hessian_JJ: torch.Tensor, spec: TrellisSpec, lut: torch.Tensor | None
+    weight_PJ: torch.Tensor,
+    lower_JJ: torch.Tensor,
+    hessian_JJ: torch.Tensor,
+    spec: TrellisSpec,
+    lut: torch.Tensor | None,
+    encode: Encode = encode,
 ) -> float:
     """The ratio with the least proxy loss after LDLQ: a grid around the table's, and the parabola through its best three.
 
@@ -80,7 +90,7 @@ def search_scale(
     # The `lut` code's table belongs to one L; the smaller trellis takes the default one of its own.
     table_SV = tabulate(small, lut if lut is not None and tuple(lut.shape) == lut_shape(small) else None).to(weight_PJ.device)
     sample_PJ = _spread_rows(weight_PJ)
-    round_tiles, code_rms, weight_rms = tile_rounder(small, table_SV), rms(table_SV), rms(weight_PJ)
+    round_tiles, code_rms, weight_rms = tile_rounder(small, table_SV, encode=encode), rms(table_SV), rms(weight_PJ)
     ratios = [factor * source_scale(spec) for factor in SEARCH_FACTORS]
     step_sizes = [weight_rms / (ratio * code_rms) for ratio in ratios]
     # Rows are independent, so all ratios are tried in one pass.

@@ -10,6 +10,7 @@ from qtipcli.config import AllocationSettings, CalibrationSettings, QuantizeSett
 from qtipcli.errors import CorruptError, MismatchError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
+from qtipcli.job.processes import ALONE, Processes
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import allocate, calibrate, outer, pack, quantize, sensitivity
@@ -46,19 +47,23 @@ def quantize_model(
     watcher: Watcher,
     force: bool = False,
     pack_after: bool = True,
+    processes: Processes = ALONE,
 ) -> Path:
     """Calibrate unless that is done, round, and pack to `out`; each step goes on where an earlier run stopped.
 
     calibration: the fields of CalibrationSettings that the user asked for; the others are as the Hessians have them.
-    Returns the packed directory, or the run directory with pack_after False.
+    processes: that share the work; the first one packs.
+    Returns the packed directory, or the run directory with pack_after False and in the other processes.
     """
     pack.refuse_surroundings(out)
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
-    _calibrate(source, calibration, settings, hessians, force, watcher)
-    quantize.run(source, settings, hessians, job, force, watcher)
-    return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
+    _calibrate(source, calibration, settings, hessians, force, watcher, processes)
+    quantize.run(source, settings, hessians, job, force, watcher, processes)
+    if not pack_after or not processes.is_main:
+        return job
+    return pack.run(source, job, out, force, watcher=watcher)
 
 
 def allocate_model(
@@ -122,17 +127,21 @@ def _calibrate(
     directory: Path,
     force: bool,
     watcher: Watcher,
+    processes: Processes = ALONE,
 ) -> None:
     """Make or complete the Hessians that a job with the settings `quantize` needs."""
     wants_outer = outer.shard_keys(quantize.model_dump())
     head = bool(wants_outer) and outer.needs_head_hessian(outer.plan(Skeleton(source), quantize))
     two_sided = quantize.two_sided
     found = _found_hessians(directory, force)
-    settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
+    there = found.settings | {"slices": calibrate.slices_of(found)} if found else {}
+    settings = settings_from(CalibrationSettings, {**there, **asked})
     if found is not None:
-        is_same = settings.model_dump() == found.settings and found.fingerprint["model"] == fingerprint_model(source.directory)
+        is_same = settings.model_dump() == there and found.fingerprint["model"] == fingerprint_model(source.directory)
         is_whole = not force or not found.damaged()
-        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source)):
+        is_finished = is_same and is_whole and calibrate.is_complete(found, Skeleton(source))
+        # The first process decides: what the others see of a shared file system may be older.
+        if processes.broadcast(is_finished):
             # Finished Hessians do not need their text any more: it may have been moved.
             watcher.note(f"the Hessians in {directory} are used")
             lacks_head = head and not found.done(calibrate.HEAD)
@@ -142,10 +151,10 @@ def _calibrate(
             if lacks_outputs:
                 watcher.note(f"those of layers' outputs are added to {directory}")
             if lacks_head or lacks_outputs:
-                calibrate.add(source, directory, watcher, head, two_sided)
+                calibrate.add(source, directory, watcher, head, two_sided, processes)
             return
     try:
-        calibrate.run(source, settings, directory, force, watcher, head, two_sided)
+        calibrate.run(source, settings, directory, force, watcher, head, two_sided, processes)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"
