@@ -24,9 +24,9 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Handed:
     """(weights, Hessian, Hessians of outputs) of each call of round_group, in order."""
     seen: Handed = []
 
-    def spy(weights, hessian_II, specs, settings, luts, outputs=None):
+    def spy(weights, hessian_II, specs, settings, luts, outputs, encode):
         seen.append(({name: weight.clone() for name, weight in weights.items()}, hessian_II.clone(), outputs))
-        return matrix.round_group(weights, hessian_II, specs, settings, luts, outputs)
+        return matrix.round_group(weights, hessian_II, specs, settings, luts, outputs, encode)
 
     monkeypatch.setattr("qtipcli.stages.quantize.round_group", spy)
     return seen

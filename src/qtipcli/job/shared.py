@@ -37,6 +37,7 @@ class SharedDirectory(RunDirectory):
         with processes.main_first():
             opened = cls.open(path, stage, settings, fingerprint, force) if processes.is_main else _loaded(cls, path, stage)
         opened._processes = processes
+        processes.barrier()  # or the first could finish something before others have read what is done
         return opened
 
     def commit(
