@@ -4,7 +4,8 @@
 
 Makes a tiny packed model in FOLDER (`model`, `text.txt`, `out`), says so in a line, and then answers each line of JSON on
 stdin by one on stdout. A request: {"world": processes, "arguments": of qtip, "where": directory to work in, "patches":
-{"module.NAME": value}, "signal": [rank, number, pattern]}; the signal is sent when a file below `where` matches the pattern.
+{"module.NAME": value}, "signal": [rank, number, pattern]}; the signal is sent when a file below `where` matches the pattern. With "apart" each rank
+works in a directory of its own, `where`/RANK.
 The answer: {"statuses": exit status of each rank, negative for a signal; "err", "out": what each wrote; "last_s": seconds from
 the signal to the end of the last rank, null without one}.
 """
@@ -103,7 +104,9 @@ def _fork(rank: int, port: int, request: dict[str, Any], where: Path) -> int:
         return pid
     status = 1
     try:
-        os.chdir(where)
+        own = where / str(rank) if request.get("apart") else where
+        own.mkdir(exist_ok=True)
+        os.chdir(own)
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{where}.{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         if request["world"] > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from qtipcli.errors import PeerError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.processes import ALONE, Processes
 from qtipcli.job.record import differences, normalized
+
+
+VISIBLE_S = 70.0
+"""How long another machine may go without seeing a new file: NFS remembers for up to a minute what was not there (nfs(5))."""
 
 
 class SharedDirectory(RunDirectory):
@@ -73,7 +78,10 @@ class SharedDirectory(RunDirectory):
 
 
 def _loaded(kind: type[SharedDirectory], path: Path, stage: str) -> SharedDirectory:
-    if not (path / "job.json").is_file():
+    deadline = time.monotonic() + VISIBLE_S
+    while not (found := (path / "job.json").is_file()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not found:
         raise SettingsError(
             f"{path}, which the first process has just opened, is not there for another one",
             "all processes work in one directory: put it on a file system that all machines share, under the same path",
