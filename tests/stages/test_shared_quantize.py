@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from stages.families import save
+from stages.fixtures import Qtip
 from stages.hosts import two_hosts
 from stages.ranks import Ended, Ranks
 from stages.test_processes import GONE, run
@@ -112,7 +113,7 @@ def test_a_killed_process_ends_all_and_any_number_complete_the_job(
     assert ended.last_s < 20
     again = shared(ranks, 3, where, *quantize(ranks, case))
     assert again.statuses == [0, 0, 0], again.err
-    assert again.said("done before") >= 1
+    assert again.said("done before") + again.said("the Hessians in hessians are used") >= 1
     assert finished(where) == one[case]
 
 
@@ -130,12 +131,19 @@ def test_ctrl_c_to_one_stops_all_with_one_message(case: str, pattern: str, ranks
     assert finished(where) == one[case]
 
 
-@pytest.mark.parametrize("options", [("--tune-blocks",), ("--bits", "2.5"), ("--dry-run",)])
-def test_what_runs_on_one_process_only_is_refused_by_name(options: tuple[str, ...], ranks: Ranks, tmp_path: Path) -> None:
-    ended = ranks(2, tmp_path / "job", *quantize(ranks, "llama"), *options)
+def test_block_tuning_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    ended = ranks(2, tmp_path / "job", *quantize(ranks, "llama"), "--tune-blocks")
     assert ended.statuses == [2, 2], ended.err
-    assert ended.said("qtip: ") == 1, ended.err
-    assert not list((tmp_path / "job").glob("out*"))
+    assert ended.said("--tune-blocks adds gradients in an order that depends on the number of processes") == 1, ended.err
+    assert not list((tmp_path / "job").glob("*"))
+
+
+@pytest.mark.parametrize("option", ["--bits=2.5", "--dry-run"])
+def test_what_runs_on_one_process_only_is_refused_by_name(option: str, qtip: Qtip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = qtip("quantize", "model", option)
+    assert outcome.status == 2
+    assert "was started as 2 processes" in outcome.err
 
 
 def test_machines_that_share_no_file_system_are_refused(ranks: Ranks, tmp_path: Path) -> None:
@@ -144,7 +152,7 @@ def test_machines_that_share_no_file_system_are_refused(ranks: Ranks, tmp_path: 
     patches = SHARED_TILES | {"qtipcli.job.shared.VISIBLE_S": 0.1}
     calibrate = ("calibrate", ranks.folder / "model", "--out", "hessians", *text(ranks))
     ended = ranks(2, job, *calibrate, patches=patches, apart=True)
-    assert sorted(ended.statuses) == [2, 2], ended.err
+    assert ended.statuses == [1, 2], ended.err
     assert ended.said("on a file system that all machines share") == 1, ended.err
 
 

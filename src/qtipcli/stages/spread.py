@@ -12,7 +12,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from qtipcli.job.processes import Processes, Sent
-from qtipcli.job.record import encode
 
 Piece = TypeVar("Piece", bound=Hashable)
 
@@ -49,7 +48,7 @@ class Parcel:
 
     def packed(self) -> Tensor:
         """As uint8 [bytes]."""
-        data = save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, {"report": encode(self.report)})
+        data = save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, {"report": json.dumps(self.report)})
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     @classmethod
