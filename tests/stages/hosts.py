@@ -35,11 +35,18 @@ class Hosts:
             surroundings = environment() | {"GLOO_SOCKET_IFNAME": CABLE}
             started.append(
                 subprocess.Popen(
-                    list(map(str, command)), cwd=where, env=surroundings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                    list(map(str, command)),
+                    cwd=where,
+                    env=surroundings,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
                 )
             )
         try:
-            return [(process.returncode, said) for process in started for said in [process.communicate(timeout=2 * LONGEST_S)[0]]]
+            return [
+                (process.returncode, said) for process in started for said in [process.communicate(timeout=2 * LONGEST_S)[0]]
+            ]
         finally:
             for process in started:
                 process.kill()

@@ -4,8 +4,8 @@
 
 Makes a tiny packed model in FOLDER (`model`, `text.txt`, `out`), says so in a line, and then answers each line of JSON on
 stdin by one on stdout. A request: {"world": processes, "arguments": of qtip, "where": directory to work in, "patches":
-{"module.NAME": value}, "signal": [rank, number, pattern]}; the signal is sent when a file below `where` matches the pattern. With "apart" each rank
-works in a directory of its own, `where`/RANK.
+{"module.NAME": value}, "signal": [rank, number, pattern], "apart": true}; the signal is sent when a file below `where` matches
+the pattern; ranks that are apart work each in a directory of its own, `where`/RANK.
 The answer: {"statuses": exit status of each rank, negative for a signal; "err", "out": what each wrote; "last_s": seconds from
 the signal to the end of the last rank, null without one}.
 """

@@ -155,9 +155,7 @@ def test_processes_without_work_are_refused(ranks: Ranks, tmp_path: Path) -> Non
     assert not list((tmp_path / "job").iterdir())
 
 
-def run(
-    launcher: str, *arguments: object, where: Path, use_cpu: bool = True
-) -> tuple[subprocess.Popen[str], list[str]]:
+def run(launcher: str, *arguments: object, where: Path, use_cpu: bool = True) -> tuple[subprocess.Popen[str], list[str]]:
     """Start a launcher of the environment that runs the tests. use_cpu: tell accelerate that there is no GPU."""
     line = [str(Path(sys.executable).parent / launcher), *map(str, arguments)]
     surroundings = environment() | ({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})
@@ -203,7 +201,9 @@ def test_through_torchrun_a_killed_process_ends_all_and_the_same_command_complet
 
 
 def test_other_commands_are_refused_once_and_before_anything_is_written(tmp_path: Path) -> None:
-    started, _ = run("torchrun", "--nproc_per_node", "2", "-m", "qtipcli", "pack", "model", "job", "--out", "out", where=tmp_path)
+    started, _ = run(
+        "torchrun", "--nproc_per_node", "2", "-m", "qtipcli", "pack", "model", "job", "--out", "out", where=tmp_path
+    )
     _, err = started.communicate(timeout=60)
     assert started.returncode != 0
     assert err.count("only calibrate, quantize, finetune run on several") == 1, err

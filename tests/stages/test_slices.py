@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from job.test_processes import in_each
+
 from qtipcli.job.processes import Processes, together
 from qtipcli.stages.progress import Silent
 from qtipcli.stages.slices import OrderedSums, cut, note_idle, share_out, text_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from job.test_processes import in_each
+
 from qtipcli.job.processes import Processes, together
 from qtipcli.stages import shared_encoder, spread
 from qtipcli.stages.shared_encoder import SharedEncoder
@@ -38,7 +38,10 @@ def test_a_cost_is_the_encoders_and_the_factors() -> None:
 
 
 def parcel() -> Parcel:
-    tensors = {"x.trellis": torch.arange(12, dtype=torch.int32).reshape(3, 4).T, "x.scale_in": torch.ones(3, dtype=torch.float16)}
+    tensors = {
+        "x.trellis": torch.arange(12, dtype=torch.int32).reshape(3, 4).T,
+        "x.scale_in": torch.ones(3, dtype=torch.float16),
+    }
     return Parcel(tensors, {"layers": {"x": {"loss": 0.1 + 0.2, "none": None, "nan": float("nan")}}, "seconds": 1.5})
 
 

@@ -176,8 +176,6 @@ def quantize(
         return
     pushing.check(push_to, pack)
     launcher.refuse_lone()
-    if allocation is not None:
-        launcher.refuse_several("quantize with a measured allocation")
 
     from qtipcli.job.processes import together
     from qtipcli.model.source import ModelSource
@@ -195,7 +193,7 @@ def quantize(
         else:
             measured = sensitivities or pipeline.sensitivities_directory(where, settings.code)
             result = pipeline.allocate_model(
-                source, calibration, settings, allocation, where, measured, target, display, force, pack
+                source, calibration, settings, allocation, where, measured, target, display, force, pack, processes
             )
     if processes.is_main:
         _summarize(result, as_json, push_to) if pack else print(result)

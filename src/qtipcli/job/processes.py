@@ -117,7 +117,7 @@ class Processes:
         return found
 
     def send(self, tensor: Tensor, to: int) -> Sent:
-        """Start to send a contiguous tensor to the process `to`, which calls `receive`; do not write to it before it arrived."""
+        """Start to send a contiguous tensor to the process `to`, which calls `receive`; until it arrives it must not change."""
         with _peers():
             return Sent(dist.isend(tensor, to), tensor)
 
@@ -149,7 +149,6 @@ class Processes:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked:
             raise interrupt.stopped(int(asked))
-
 
     def poll(self) -> None:
         """A safe point that only this process need pass: raises StoppedError once any process was asked to stop."""

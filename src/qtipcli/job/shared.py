@@ -14,7 +14,6 @@ from qtipcli.job.directory import RunDirectory
 from qtipcli.job.processes import ALONE, Processes
 from qtipcli.job.record import differences, normalized
 
-
 VISIBLE_S = 70.0
 """How long another machine may go without seeing a new file: NFS remembers for up to a minute what was not there (nfs(5))."""
 
@@ -57,9 +56,7 @@ class SharedDirectory(RunDirectory):
             super().commit(key, tensors, report, metadata)
         self.meet()
 
-    def commit_unseen(
-        self, key: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any] | None = None
-    ) -> None:
+    def commit_unseen(self, key: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any] | None = None) -> None:
         """As RunDirectory.commit, in the first process alone: the others go on, and see it when all call `meet`."""
         super().commit(key, tensors, report)
 

@@ -7,6 +7,7 @@ of the KL divergence to the original.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -95,7 +96,7 @@ def _share(batches: tuple[Tensor, ...], slices: int, processes: Processes) -> _S
     bounds = (0, len(batches) - heldout, len(batches))
     numbers: list[int] = []
     parts: list[Slices] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         units = [range(start + part.start, start + part.stop) for part in cut(end - start, slices)]
         mine, own = share_out(units, processes, before=len(numbers))
         numbers += mine
@@ -175,6 +176,7 @@ class _Backward:
                         self._put_back(batch, output, hidden, self.gradients.read(batch).to(output))
                 if is_missing:
                     parts[-1].add(number, recorder.sums, recorder.tokens)
+                del recorder  # with the sums of its slice
         if is_missing:
             self.job.commit(output_key(index), *self._outputs(f"{prefix}.", shapes, *parts))
         self.skeleton.release(index)
@@ -203,8 +205,12 @@ class _Backward:
             damping, ratio = choose_damping(*(part[name] / count[name] for part, count in zip(sums, tokens, strict=True)))
             hessians[f"{stem}{name}"] = total.cpu()
             judged[f"{stem}{name}"] = {"damping": None if damping == float("inf") else damping, "heldout_ratio": ratio}
-        found = {name: (rank, report) for rank, part in enumerate(self.processes.collect(judged)) for name, report in part.items()}
-        hessians = self._to_first(hessians, {name: (rank, shapes[name.removeprefix(stem)]) for name, (rank, _) in found.items()})
+        found = {
+            name: (rank, report) for rank, part in enumerate(self.processes.collect(judged)) for name, report in part.items()
+        }
+        hessians = self._to_first(
+            hessians, {name: (rank, shapes[name.removeprefix(stem)]) for name, (rank, _) in found.items()}
+        )
         return dict(sorted(hessians.items())), {"layers": {name: found[name][1] for name in sorted(found)}}
 
     def _to_first(self, own: dict[str, Tensor], everywhere: Mapping[str, tuple[int, tuple[int, int]]]) -> dict[str, Tensor]:

@@ -197,7 +197,9 @@ def _record(
     note_idle(text.slices, watcher)
     _Recording(skeleton, text, job, watcher).run(head)
     if two_sided:
-        backward.run(skeleton, tokens, slices_of(job), job.settings["seed"], job, watcher, streams.DEFAULT_MEMORY_GIB, processes)
+        backward.run(
+            skeleton, tokens, slices_of(job), job.settings["seed"], job, watcher, streams.DEFAULT_MEMORY_GIB, processes
+        )
 
 
 class _Recording:
@@ -242,6 +244,7 @@ class _Recording:
                 with HessianRecorder(block, groups) as recorder:
                     forward(self.skeleton, index, [self.batches[place] for place in places])
                 sums.add(number, recorder.sums, recorder.tokens)
+                del recorder  # with the sums of its slice
             prefix = self.skeleton.blocks[index][0]
             self._commit(block_key(index), f"{prefix}.", groups, sums)
             self.skeleton.release(index)
@@ -260,6 +263,7 @@ class _Recording:
                     for place in places:
                         after.call_head(self.text.batches[place], self.batches[place].hidden, head)
                 sums.add(number, recorder.sums, recorder.tokens)
+                del recorder
         finally:
             self.skeleton.release_outer()
         self._commit(HEAD, "", groups, sums)

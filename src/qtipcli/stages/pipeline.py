@@ -77,41 +77,42 @@ def allocate_model(
     watcher: Watcher,
     force: bool = False,
     pack_after: bool = True,
+    processes: Processes = ALONE,
 ) -> Path:
     """As `quantize_model`, with a rate for each layer that is measured to be worth its bytes.
 
     The allocated model is rounded in OUT.job, the best uniform one of the same size in OUT.uniform.job; both are compared on
     held-out text, and the better one is packed. Each step goes on where an earlier run stopped.
-    Returns the packed directory, or the better run directory with pack_after False.
+    Returns the packed directory, or the better run directory with pack_after False and in processes other than the first.
     """
     pack.refuse_surroundings(out)
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
     if pack_after and not any(_is_packed(job, out) for job in jobs.values()):
         pack.refuse_occupied(out, force)
     allocate.check(source, settings, allocation)
-    _calibrate(source, calibration, settings, hessians, force, watcher)
+    _calibrate(source, calibration, settings, hessians, force, watcher, processes)
     try:
-        sensitivity.run(source, settings, allocation.sensitivity(), hessians, sensitivities, force, watcher)
+        sensitivity.run(source, settings, allocation.sensitivity(), hessians, sensitivities, force, watcher, processes)
     except MismatchError as error:
         raise MismatchError(error.message, "--sensitivities DIR for others, or --force to measure them again") from error
     decision = job_directory(out.with_name(f"{out.name}.allocation"))
-    table = allocate.decide(source, settings, allocation, hessians, sensitivities, decision, force, watcher)
+    table = allocate.decide(source, settings, allocation, hessians, sensitivities, decision, force, watcher, processes)
     report: dict[str, Any] = {"target": allocation.model_dump()} | {name: table[name] for name in table if name != "layers"}
     if allocate.is_uniform(table):
         watcher.note(f"the best allocation is the uniform model at {table['uniform']}: there is nothing to compare")
         del jobs[UNIFORM]
     for which, job in jobs.items():
         watcher.note(f"{which}: predicted KL {table['predicted_kl'][which]:.4g} at {table['bytes'][which]:,} bytes, in {job}")
-        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher)
+        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher, processes)
     kept = ALLOCATED
     if UNIFORM in jobs:
-        verdict = allocate.judge(source, sensitivities, jobs, decision, watcher)
+        verdict = allocate.judge(source, sensitivities, jobs, decision, watcher, processes)
         report["measured"], kept = verdict, verdict["kept"]
         watcher.note(
             f"KL on {verdict['windows']} held-out windows: allocated {verdict['kl'][ALLOCATED]:.4g}, "
             f"uniform {verdict['kl'][UNIFORM]:.4g}; the {kept} model is kept"
         )
-    if not pack_after:
+    if not pack_after or not processes.is_main:
         return jobs[kept]
     return pack.run(source, jobs[kept], out, force, watcher=watcher, provenance={"allocation": report | {"kept": kept}})
 

@@ -124,6 +124,7 @@ class Prefix:
                 for batch in batches:
                     self._add(sums, index, group, places, batch)
                 total.add(number, sums.tensors, sums.tokens)
+                del sums  # those of its slice
         tokens = total.counts([_ALL, _HELDOUT])
         found = total.everywhere()
         _refuse_infinite(names[0], _is_finite(found))
@@ -178,6 +179,7 @@ class Prefix:
                             _add(sums[key], x_NI, x_NI)
                             tokens[key] += len(x_NI)
                 total.add(number, sums, tokens)
+                del sums
         tokens, sums = total.counts(["", *chosen]), total.everywhere()
         count = sum(tokens.values())
         shared_II = torch.zeros_like(sums[""])

@@ -4,7 +4,7 @@ A shard holds, for each layer, `<name>.trellis`, `<name>.scale_in`, `<name>.scal
 prefix the stage makes its own Hessians, layer after layer, and corrects each layer for what rounding did to its input;
 otherwise it reads those of the calibrate stage. With block tuning each block is tuned before the next is rounded, and its shard
 also holds the norms and biases that were trained. What lies outside the blocks (qtipcli.stages.outer) has a shard for itself.
-Of several processes each rounds whole groups where these do not depend on one another, and its share of the tiles where they do.
+Several processes share whole groups where these do not depend on one another, and the tiles of each where they do.
 """
 
 from __future__ import annotations
@@ -312,9 +312,7 @@ class _Quantizer:
             found.take(parcel)
         return found.tensors, found.report(self.skeleton.blocks[index][0])
 
-    def _independent(
-        self, groups: Sequence[Sequence[str]], stem: str, block: torch.nn.Module
-    ) -> Iterator[list[Sequence[str]]]:
+    def _independent(self, groups: Sequence[Sequence[str]], stem: str, block: torch.nn.Module) -> Iterator[list[Sequence[str]]]:
         """The groups in their order, those of experts at one place together, which do not depend on one another."""
         peers = peers_of(groups, stem, block)
         together: list[Sequence[str]] = []
@@ -341,7 +339,7 @@ class _Quantizer:
         return cost
 
     def _round_names(self, index: int, names: Sequence[str], moments: Moments | None, encode: Encode) -> Parcel:
-        """The layers of one group of block `index`, which is materialized, as they are stored; moments: None if all are skipped.
+        """The layers of one group of block `index`, materialized, as they are stored. moments: None if all are skipped.
 
         Its report: "layers", "left" and the "seconds" that a layer took.
         """

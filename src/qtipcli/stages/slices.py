@@ -1,13 +1,14 @@
 """Owns how sums over the calibration text are taken, so that no number of processes changes a bit of them.
 
 The text is cut into slices, whose number belongs to the job. The sum over a slice is taken in the order of its batches, and
-these sums are added in the order of the slices, in float32. Of several processes, process r has the slices r, r + W, r + 2 W and
-so on; the running total goes from the owner of a slice to that of the next. So one process keeps two sums, the running total
+these sums are added in the order of the slices, in float32. Of W processes, process r has the slices r, r + W, r + 2 W and so
+on; the running total goes from the owner of a slice to that of the next. So one process keeps two sums, the running total
 and that of its slice, and so does each of several.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -46,7 +47,7 @@ def cut(count: int, slices: int) -> list[range]:
     parts = min(count, slices)
     size, more = divmod(count, parts)
     starts = [part * size + min(part, more) for part in range(parts + 1)]
-    return [range(*pair) for pair in zip(starts, starts[1:], strict=False)]
+    return [range(*pair) for pair in itertools.pairwise(starts)]
 
 
 def share_out(batches: Sequence[Sequence[Unit]], processes: Processes, before: int = 0) -> tuple[list[Unit], Slices]:
