@@ -317,6 +317,19 @@ def test_processes_with_different_inputs_are_refused_before_anything_is_written(
     assert not (tmp_path / "job").exists()
 
 
+def test_processes_with_other_threads_are_refused(tmp_path: Path) -> None:
+    """They add in another order."""
+
+    def work(rank: int) -> None:
+        with pytest.raises(PeerError if rank == 0 else SettingsError) as failure, together() as group:
+            torch.set_num_threads(1 + rank)
+            SharedDirectory.join(group, tmp_path / "job", "calibrate", SETTINGS, FINGERPRINT)
+        assert rank == 0 or "machine.threads is 1 there and 2 here" in failure.value.message
+
+    assert in_each(2, work) == [0, 0]
+    assert not (tmp_path / "job").exists()
+
+
 def test_one_alone_is_the_first() -> None:
     assert Processes().is_main
     assert Processes().is_alone

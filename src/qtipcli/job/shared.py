@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qtipcli.errors import PeerError, SettingsError
@@ -37,7 +38,8 @@ class SharedDirectory(RunDirectory):
 
         Raises SettingsError where the processes were given different things, and what RunDirectory.open raises.
         """
-        _refuse_different(processes, {"stage": stage, "settings": normalized(settings), "fingerprint": normalized(fingerprint)})
+        asked = {"stage": stage, "settings": normalized(settings), "fingerprint": normalized(fingerprint)}
+        _refuse_different(processes, asked | {"machine": _machine()})
         with processes.main_first():
             opened = cls.open(path, stage, settings, fingerprint, force) if processes.is_main else _loaded(cls, path, stage)
         opened._processes = processes
@@ -86,6 +88,15 @@ def _loaded(kind: type[SharedDirectory], path: Path, stage: str) -> SharedDirect
     return kind.load(path, stage)
 
 
+def _machine() -> dict[str, Any]:
+    """What decides the bits of sums besides the job: processes that differ in it would not hold the same tensors."""
+    is_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if is_gpu else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _refuse_different(processes: Processes, asked: dict[str, Any]) -> None:
     """Before anything is written: machines of one job may hold different models or texts under the same names."""
     found = list(differences(processes.broadcast(asked), asked))
@@ -95,5 +106,5 @@ def _refuse_different(processes: Processes, asked: dict[str, Any]) -> None:
         raise PeerError("another process was given something else, and says what")
     raise SettingsError(
         f"process {processes.rank} was given something else than the first one: {found[0]}",
-        "give every process the same model, text and settings",
+        "give every process the same model, text, settings and OMP_NUM_THREADS, on machines of one kind",
     )

@@ -50,10 +50,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Calibration text: rows windows of context tokens each."""
+    """Calibration text: rows windows of context tokens each. slices: that sums over it are taken in."""
 
     rows: int
     context: int
+    slices: int = 1
 
     @property
     def tokens(self) -> int:
@@ -63,7 +64,13 @@ class Text:
     @property
     def batch(self) -> int:
         """Tokens that go through a block at once."""
-        return min(self.tokens, max(1, BATCH_TOKENS // self.context) * self.context)
+        most = -(-self.rows // min(self.slices, self.rows))
+        return min(most, max(1, BATCH_TOKENS // self.context)) * self.context
+
+    @property
+    def copies(self) -> int:
+        """Of each sum over the text: the running total and that of a slice, where there is more than one."""
+        return 1 if min(self.slices, self.rows) == 1 else 2
 
     @property
     def rows_back(self) -> int:
@@ -87,7 +94,8 @@ def calibrate_phases(
     """Phase -> bytes. groups: of the block with the most. outputs: outputs of a layer -> bytes to choose its damping."""
     hidden = text.tokens * sizes.token
     inputs = sum(FLOAT * group.inputs**2 for group in groups)
-    on_the_way = max(passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs)
+    passing = text.copies * inputs + (passes.forward_bytes + sizes.token) * text.batch
+    on_the_way = max(passes.grouping_bytes * text.batch, passing, 2 * inputs)
     found = {
         "calibrate, in front of the blocks": sizes.outer + max(sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
         "calibrate, inputs of a block": hidden + sizes.block + int(on_the_way),
@@ -107,7 +115,7 @@ def calibrate_phases(
         "output side, gradients of a block": streams
         + sizes.block
         + 2 * sum(squares)
-        + max(int(passes.backward_bytes * back), sum(squares) + largest),
+        + max(int(passes.backward_bytes * back) + (text.copies - 1) * sum(squares), sum(squares) + largest),
     }
 
 
@@ -125,7 +133,8 @@ def quantize_phases(
     done = 0
     for group, needed in zip(groups, rounding, strict=True):
         weights = FLOAT * group.inputs * sum(group.outputs)
-        sums = 4 * FLOAT * group.inputs**2 + 2 * weights + int(passes.prefix_bytes * text.batch) if prefix else 0
+        summed = text.copies * (4 * FLOAT * group.inputs**2 + 2 * weights)
+        sums = summed + int(passes.prefix_bytes * text.batch) if prefix else 0
         phases = {"quantize, rounding of a group": needed, "quantize, what a group is given": sums}
         for phase, bytes_ in phases.items():
             found[phase] = max(found.get(phase, 0), flowing + done + bytes_)
