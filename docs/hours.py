@@ -8,6 +8,7 @@ Nothing is measured here; give the rates that were. Text of 256 windows of 2,048
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 TOKENS, TOKENS_BACK, TILE = 256 * 2048, 1 << 17, 16
@@ -49,7 +50,7 @@ def encoding(inputs: int, outputs: int, rates: Rates, devices: int = 1) -> float
     seconds = 0.0
     for diagonal in range(rows + columns - 1):
         tiles = min(rows, columns, diagonal + 1, rows + columns - 1 - diagonal)
-        seconds += -(-(-(-tiles // devices)) // rates.at_once) * wave
+        seconds += math.ceil(math.ceil(tiles / devices) / rates.at_once) * wave
     return seconds
 
 
