@@ -282,9 +282,11 @@ def test_a_stop_that_one_process_polls_stops_the_others_too(tmp_path: Path) -> N
                     group.poll()
                 elif rank == 2:
                     group.receive(torch.empty(1), 1)
-                while True:
+                deadline = time.monotonic() + 10
+                while time.monotonic() < deadline:
                     group.poll()
                     time.sleep(0.01)
+                raise AssertionError("nobody stopped")
             assert stop.value.exit_code == 130
             if rank == 1:
                 processes._leave()  # as an error that goes on does
