@@ -55,6 +55,7 @@ def quantize_model(
     processes: that share the work; the first one packs.
     Returns the packed directory, or the run directory with pack_after False and in the other processes.
     """
+    quantize.refuse_shared(settings, processes)
     pack.refuse_surroundings(out)
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
@@ -85,6 +86,7 @@ def allocate_model(
     held-out text, and the better one is packed. Each step goes on where an earlier run stopped.
     Returns the packed directory, or the better run directory with pack_after False and in processes other than the first.
     """
+    quantize.refuse_shared(settings, processes)
     pack.refuse_surroundings(out)
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
     if pack_after and not any(_is_packed(job, out) for job in jobs.values()):

@@ -79,11 +79,7 @@ def run(
     Raises MismatchError where either directory holds another job, QtipError where a layer cannot be rounded.
     """
     watcher = watcher or Silent()
-    if settings.tune_blocks is not None and not processes.is_alone:
-        raise SettingsError(
-            "--tune-blocks adds gradients in an order that depends on the number of processes: it runs on one",
-            "quantize without it, then qtip finetune --blocks on several",
-        )
+    refuse_shared(settings, processes)
     calibration = RunDirectory.load(hessians, calibrate.STAGE)
     model = fingerprint_model(source.directory)
     if calibration.fingerprint["model"] != model:
@@ -112,6 +108,15 @@ def run(
             rows = calibration.report(calibrate.TOKENS)["rows"]
             job.commit(CALIBRATION, {}, calibration.settings | {"samples": rows})
     return directory
+
+
+def refuse_shared(settings: QuantizeSettings, processes: Processes) -> None:
+    """Raise SettingsError where several processes cannot do what `settings` ask for."""
+    if settings.tune_blocks is not None and not processes.is_alone:
+        raise SettingsError(
+            "--tune-blocks adds gradients in an order that depends on the number of processes: it runs on one",
+            "quantize without it, then qtip finetune --blocks on several",
+        )
 
 
 class _Quantizer:
