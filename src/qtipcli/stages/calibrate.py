@@ -94,8 +94,8 @@ def run(
     Raises MismatchError where it holds another job, StoppedError after Ctrl-C, and what reading model and data raises.
     """
     watcher = watcher or Silent()
-    with processes.main_first():
-        windows = load_windows(source, settings)
+    # The first process reads the text for all: the others would have to wait for what it downloads, and then read it again.
+    windows = processes.broadcast(load_windows(source, settings) if processes.is_main else None)
     if windows.requested and windows.rows < windows.requested:
         watcher.note(
             f"{windows.source} holds {windows.rows} windows of {windows.context} tokens, not {windows.requested}: all are used"
