@@ -89,11 +89,12 @@ def packed_linear(
     """
     _check_packed(trellis, spec)
     padded, blocks, scales, biases = (list(each) for each in zip(*outputs, strict=True))
-    ys = torch.ops.qtip.packed_linear(
-        x.reshape(-1, x.shape[-1]), scale_in, block_in, trellis, _stored(spec, lut, x), padded, blocks, scales, biases,
-        *_fields(spec),
-    )  # fmt: skip
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+    rows = x.reshape(-1, x.shape[-1])
+    together = torch.ops.qtip.packed_linear(
+        rows, scale_in, block_in, trellis, _stored(spec, lut, x), padded, blocks, scales, biases, *_fields(spec)
+    )
+    ys = together.split([rows.shape[0] * scale.shape[0] for scale in scales])
+    return [y.view(*x.shape[:-1], scale.shape[0]) for y, scale in zip(ys, scales, strict=True)]
 
 
 NUMBA, TRITON, REFERENCE = "numba", "triton", "reference"
@@ -305,7 +306,7 @@ _LAYERS = "int[] padded, int[] blocks, Tensor[] scales, Tensor?[] biases"
 @torch.library.custom_op(
     "qtip::packed_linear",
     mutates_args=(),
-    schema=f"(Tensor x, Tensor scale_in, int block_in, Tensor trellis, Tensor? lut, {_LAYERS}, {SPEC_SCHEMA}) -> Tensor[]",
+    schema=f"(Tensor x, Tensor scale_in, int block_in, Tensor trellis, Tensor? lut, {_LAYERS}, {SPEC_SCHEMA}) -> Tensor",
 )
 def _packed_linear(x, scale_in, block_in, trellis, lut, padded, blocks, scales, biases, *fields):
     layer = _module("layer")
@@ -316,7 +317,7 @@ def _packed_linear(x, scale_in, block_in, trellis, lut, padded, blocks, scales, 
 
 @_packed_linear.register_fake
 def _(x, scale_in, block_in, trellis, lut, padded, blocks, scales, biases, *fields):
-    return [x.new_empty((x.shape[0], scale.shape[0])) for scale in scales]
+    return x.new_empty(x.shape[0] * sum(scale.shape[0] for scale in scales))
 
 
 @_define("hadamard", "Tensor x, int block, bool transpose")

@@ -20,10 +20,10 @@ class QtipError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
-        super().__init__(message, hint, exit_code)  # all three, so that the error survives a copy across processes
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = one_line(hint)
         self.exit_code = exit_code
+        super().__init__(self.message, self.hint, exit_code)  # all three, so that it survives a copy across processes
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -61,6 +61,26 @@ class StoppedError(QtipError):
 
 class PeerError(QtipError):
     """Another process of the same job failed or stopped, and says so itself: nothing is printed. Exit status as the other's."""
+
+
+LONGEST = 2000
+"""Characters of a message: eight differences of settings take 1300."""
+
+
+def one_line(text: str) -> str:
+    """The text, at most LONGEST characters of it, with what is not printable escaped.
+
+    Names in a model's files may hold line ends, or move a terminal's cursor.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 400]} ... {text[-300:]}"
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, as a part of a sentence; its kind where it says nothing, or only names something."""
+    text = str(error).strip().split("\n")[0].rstrip(".")
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()
 
 
 _RETRY = "then give the same command again: a job goes on from its last finished step"

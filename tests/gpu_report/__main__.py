@@ -1,5 +1,7 @@
-"""Owns the command: PYTHONPATH=src:kernels:tests python -m gpu_report [--out DIRECTORY]. Exit status 0 all ran and passed,
-1 something failed or did not fit into the time, 2 there is no GPU to measure on."""
+"""Owns the command: PYTHONPATH=src:kernels:tests python -m gpu_report [--out DIRECTORY] [--only SECTION ...].
+
+Exit status 0 all ran and passed, 1 something failed or did not fit into the time, 2 there is no GPU to measure on.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_report", description="Test and measure the kernels on this machine's GPU.")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", help="where the JSON goes")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for everything")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections of the report and no other")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # the script's own test, on a CPU
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
@@ -34,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     sizes = TINY if asked.tiny else REAL
     if asked.worker is not None:
-        return _work(sizes, asked.worker)
+        return _work(sizes, asked)
     reason = None if asked.tiny else why_not()
     if reason:
         print(f"make test-gpu: nothing was measured: {reason}", file=sys.stderr)
@@ -57,7 +60,7 @@ def why_not() -> str | None:
     return device.why_not("cuda")
 
 
-def _work(sizes: Any, first: int) -> int:
+def _work(sizes: Any, asked: argparse.Namespace) -> int:
     """In the worker: standard output is the report's, so whatever a library prints there goes to standard error."""
     if sizes is TINY:
         from qtipcli.stages import bench, limits
@@ -66,7 +69,7 @@ def _work(sizes: Any, first: int) -> int:
         limits.COPY_BYTES = dict.fromkeys(limits.COPY_BYTES, 1 << 20)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
-        return work(all_units(sizes), first, out)
+        return work(all_units(sizes, asked.only), asked.worker, out)
 
 
 def _report(sizes: Any, asked: argparse.Namespace) -> int:
@@ -90,8 +93,10 @@ def _report(sizes: Any, asked: argparse.Namespace) -> int:
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.replace(file)
 
-    command = [sys.executable, "-m", "gpu_report", *(["--tiny"] if asked.tiny else []), "--worker"]
-    supervise(all_units(sizes), command, report, write, asked.budget)
+    command = [sys.executable, "-m", "gpu_report", *(["--tiny"] if asked.tiny else [])]
+    command += ["--only", *asked.only] if asked.only else []
+    command.append("--worker")
+    supervise(all_units(sizes, asked.only), command, report, write, asked.budget)
     report["complete"] = not report["not_run"]
     write()
     failed = [f"{name}: {each['unit']}" for name, section in report["sections"].items() for each in section["failed"]]

@@ -298,6 +298,9 @@ def page(rows: list[Row]) -> str:
         "name. What is left is named by its module's class, or by why it is: a matrix smaller than a tile has fewer",
         "than 16 inputs or outputs.",
         "",
+        "Checkpoints in FP8 with `weight_scale_inv` (or `weight_scale`) and in gpt-oss's MXFP4 are read as the bfloat16",
+        "weights that they stand for (tests/stages/test_quantized_sources.py); those of other methods are refused.",
+        "",
         "| family | model_type | block weights packed | layers | left exact, and why | largest difference of logits |",
         "|---|---|---|---|---|---|",
     ]

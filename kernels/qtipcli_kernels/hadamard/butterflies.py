@@ -22,6 +22,10 @@ SUM_VALUES = 1024
 SMALLEST_SQUARES = 2.0**-100
 """A sum of squares below this has lost some to float32's smallest number, 2^-149."""
 
+PARTS_AHEAD = 4
+"""Partial products whose loads are in flight together."""
+
+_PARTS_AHEAD = tl.constexpr(PARTS_AHEAD)
 _GUARD_BITS, _TOP_BITS, _SUM_VALUES = tl.constexpr(GUARD_BITS), tl.constexpr(TOP_BITS), tl.constexpr(SUM_VALUES)
 _SMALLEST_SQUARES = tl.constexpr(SMALLEST_SQUARES)
 _INTERPRETED = tl.constexpr(device.INTERPRETED)
@@ -59,6 +63,7 @@ def sylvester_kernel(
     NORM: tl.constexpr,
     NORM_BITS: tl.constexpr,
     INWARD: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):
     """Blocks that are powers of two, F P: a program has TILE blocks of a row, or one of a block's F shares."""
     slabs: tl.constexpr = (BLOCKS + TILE - 1) // TILE
@@ -92,7 +97,8 @@ def sylvester_kernel(
         y *= tl.load(row_scale_ptr + row)
     out = start + fold * POWER
     wanted = (block < BLOCKS) & (out < width_out)
-    _store(y, scale_out_ptr, bias_ptr, y_ptr + row * y_row + out, out, wanted, wanted)
+    at = y_ptr + row * y_row + _place(out, FRAGMENTS)
+    _store(y, scale_out_ptr, bias_ptr, at, out, wanted, wanted)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -130,6 +136,7 @@ def dense_kernel(
     NORM: tl.constexpr,
     NORM_BITS: tl.constexpr,
     INWARD: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
     ORDER: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -187,7 +194,7 @@ def dense_kernel(
     m3 = m[:, None, None]
     out = start + m3 * stride + fold * POWER + tl.arange(0, POWER)[None, None, :]
     wanted = (m3 < ORDER) & (out < width_out)
-    at = y_ptr + (row.to(tl.int64) * y_row)[None, :, None] + out
+    at = y_ptr + (row.to(tl.int64) * y_row)[None, :, None] + _place(out, FRAGMENTS)
     _store(y, scale_out_ptr, bias_ptr, at, out, wanted, wanted & (row < rows)[None, :, None])
 
 
@@ -220,18 +227,22 @@ def _load(
     """
     total = tl.zeros(i.shape, tl.float32)
     squares = tl.zeros(i.shape, tl.float32)
-    for _ in range(parts):
-        for other in tl.static_range(FOLD):
-            here = inside & (i + other * POWER < width_in)
-            v = tl.load(at + other * POWER, mask=here, other=0.0).to(tl.float32)
-            unit = _sign(fold & other) * UNIT
-            if scale_in_ptr is None:
-                total += v * unit
-            else:
-                v *= tl.load(scale_in_ptr + i + other * POWER, mask=here, other=0.0).to(tl.float32) * unit
-                total += v
-                squares += v * v
-        at += x_part
+    ahead: tl.constexpr = _PARTS_AHEAD if scale_in_ptr is None else 1
+    for first in range(0, parts, ahead):
+        # Nothing waits for the load before it: a processor's way to memory is long, and there are few programs.
+        for part in tl.static_range(ahead):
+            there = inside & (i * 0 + first + part < parts) if ahead > 1 else inside
+            for other in tl.static_range(FOLD):
+                here = there & (i + other * POWER < width_in)
+                v = tl.load(at + other * POWER, mask=here, other=0.0).to(tl.float32)
+                unit = _sign(fold & other) * UNIT
+                if scale_in_ptr is None:
+                    total += v * unit
+                else:
+                    v *= tl.load(scale_in_ptr + i + other * POWER, mask=here, other=0.0).to(tl.float32) * unit
+                    total += v
+                    squares += v * v
+            at += x_part
     return total, squares
 
 
@@ -346,6 +357,15 @@ def _exponent(norm, NORM: tl.constexpr, NORM_BITS: tl.constexpr):
 @triton.jit
 def _power(biased):
     return (biased << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place(column, FRAGMENTS: tl.constexpr):
+    """Where a column of y lies: its own place, or that in the order of fragments.py, which takes the bits
+    (tile, half, c, c, parity) of its place among 32 to (c, c, tile, half, parity)."""
+    if FRAGMENTS:
+        column = (column & ~30) | ((column & 6) << 2) | ((column & 24) >> 2)
+    return column
 
 
 @triton.jit

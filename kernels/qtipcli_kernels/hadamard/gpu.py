@@ -19,6 +19,7 @@ import torch
 import triton
 
 from qtipcli_kernels import device
+from qtipcli_kernels.fragments import FRAGMENT_INPUTS
 from qtipcli_kernels.hadamard.butterflies import GUARD_BITS, dense_kernel, sylvester_kernel
 from qtipcli_kernels.hadamard.factor import factor
 from qtipcli_kernels.hadamard.reference import check_block
@@ -57,7 +58,9 @@ def hadamard(x: torch.Tensor, block: int, transpose: bool = False) -> torch.Tens
     return y.reshape(x.shape)
 
 
-def rotate_in(x_BI: torch.Tensor, scale_in_I: torch.Tensor, padded: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_in(
+    x_BI: torch.Tensor, scale_in_I: torch.Tensor, padded: int, block: int, fragments: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """H pad(scale_in * x) in fp16 with one power of two a row: (rotated_BN fp16 [B, padded], row_scale_B float32 [B]).
 
     rotated * row_scale is the transform, computed in float32 and rounded to fp16. row_scale takes N times the row's root mean
@@ -65,7 +68,8 @@ def rotate_in(x_BI: torch.Tensor, scale_in_I: torch.Tensor, padded: int, block: 
     Schwarz), and fp16 has its 11 bits down to N 2^-28 of that mean. A row of zeros has row_scale 1, and one with a NaN or an
     infinity, which shows in `rotated`. Rows of values below 1e-30 lose precision to float32's denormal numbers.
 
-    x_BI: fp16, bf16 or float32 [B, I]. scale_in_I: fp16 [I]. Raises DeviceError, SpecError.
+    x_BI: fp16, bf16 or float32 [B, I]. scale_in_I: fp16 [I]. fragments: rotated comes in that order (fragments.py), [B,
+    padded rounded up to 32], what is never read unwritten. Raises DeviceError, SpecError.
     """
     device.check(x=x_BI, scale_in=scale_in_I)
     if x_BI.ndim != 2 or scale_in_I.shape != x_BI.shape[1:] or not x_BI.is_floating_point():
@@ -73,9 +77,11 @@ def rotate_in(x_BI: torch.Tensor, scale_in_I: torch.Tensor, padded: int, block: 
         raise SpecError(f"{found}: they must be floating [B, I] and [I]")
     if block < 1 or padded % block or padded < max(block, x_BI.shape[1]):
         raise SpecError(f"{x_BI.shape[1]} inputs padded to {padded} are not cut into blocks of {block}")
-    rotated_BN = x_BI.new_empty((x_BI.shape[0], padded), dtype=torch.float16)
+    width = -(-padded // FRAGMENT_INPUTS) * FRAGMENT_INPUTS if fragments else padded
+    rotated_BN = x_BI.new_empty((x_BI.shape[0], width), dtype=torch.float16)
     row_scale_B = x_BI.new_empty(x_BI.shape[0], dtype=torch.float32)
-    _launch(x_BI[None], rotated_BN[None], block, False, row_scale_B, scale_in=scale_in_I)
+    y_BN = rotated_BN[:, :padded]
+    _launch(x_BI[None], y_BN[None], block, False, row_scale_B, scale_in=scale_in_I, fragments=fragments)
     return rotated_BN, row_scale_B
 
 
@@ -96,7 +102,8 @@ def rotate_out(
     row_scale_B: float32 [B], 1 where None. scale_out_O: floating [O]; bias_O: floating [O]. Raises DeviceError, SpecError.
     """
     first, count = (0, partial_SBN.shape[-1]) if columns is None else columns
-    return rotate_out_group(partial_SBN, row_scale_B, [(first, count, block, scale_out_O, bias_O)], dtype)[0]
+    y = rotate_out_group(partial_SBN, row_scale_B, [(first, count, block, scale_out_O, bias_O)], dtype)
+    return y.view(partial_SBN.shape[1], len(scale_out_O))
 
 
 Layer = tuple[int, int, int, torch.Tensor, torch.Tensor | None]
@@ -105,29 +112,44 @@ Layer = tuple[int, int, int, torch.Tensor, torch.Tensor | None]
 
 def rotate_out_group(
     partial_SBN: torch.Tensor, row_scale_B: torch.Tensor | None, layers: list[Layer], dtype: torch.dtype
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """`rotate_out` for each of several layers, in one launch for up to three that agree in count, block, outputs and dtypes.
 
-    So gate and up take one launch; q, k and v take two where q is wider. Returns their y_BO, views of one tensor a launch.
-    Raises DeviceError, SpecError.
+    So gate and up take one launch; q, k and v take two where q is wider. Returns their y_BO one behind the other, in one
+    dimension: a custom op may not return tensors that share memory. Raises DeviceError, SpecError.
     """
-    y: dict[int, torch.Tensor] = {}
+    rows = partial_SBN.shape[1]
+    starts, end = [], 0
     alike: dict[tuple, list[int]] = {}
     for number, layer in enumerate(layers):
         _check_layer(partial_SBN, row_scale_B, layer)
         _, count, block, scale_out, bias = layer
         kind = count, block, scale_out.shape, scale_out.dtype, None if bias is None else bias.dtype
         alike.setdefault(kind, []).append(number)
-    for (count, block, shape, *_), numbers in alike.items():
-        for start in range(0, len(numbers), LAYERS):
-            some = numbers[start : start + LAYERS]
-            y_LBO = partial_SBN.new_empty((len(some), partial_SBN.shape[1], *shape), dtype=dtype)
+        starts.append(end)
+        end += rows * len(scale_out)
+    y = partial_SBN.new_empty(end, dtype=dtype)
+    for (count, block, (outputs,), *_), numbers in alike.items():
+        for some in _evenly_spaced(numbers, starts):
+            apart = starts[some[1]] - starts[some[0]] if len(some) > 1 else 0
+            y_LBO = y.as_strided((len(some), rows, outputs), (apart, outputs, 1), starts[some[0]])
             firsts, _, _, scales_out, biases = zip(*(layers[number] for number in some), strict=True)
             x_SBN = partial_SBN[..., firsts[0] : firsts[0] + count]
             offsets = [first - firsts[0] for first in firsts]
             _launch(x_SBN, y_LBO, block, True, row_scale_B, offsets, scales_out=scales_out, biases=biases)
-            y |= zip(some, y_LBO, strict=True)
-    return [y[number] for number in range(len(layers))]
+    return y
+
+
+def _evenly_spaced(numbers: list[int], starts: list[int]) -> Iterator[list[int]]:
+    """The layers, up to LAYERS at a time, whose places in y lie as far apart as those of the first two of them."""
+    some = numbers[:1]
+    for number in numbers[1:]:
+        fits = len(some) == 1 or starts[number] - starts[some[-1]] == starts[some[1]] - starts[some[0]]
+        if len(some) == LAYERS or not fits:
+            yield some
+            some = []
+        some.append(number)
+    yield some
 
 
 def _check_layer(partial_SBN: torch.Tensor, row_scale_B: torch.Tensor | None, layer: Layer) -> None:
@@ -224,21 +246,25 @@ def _launch(
     scale_in: torch.Tensor | None = None,
     scales_out: Sequence[torch.Tensor | None] = (None,),
     biases: Sequence[torch.Tensor | None] = (None,),
+    fragments: bool = False,
 ) -> None:
-    """Fill y_LBO for L layers, whose columns lie `offsets` from x_SBN's; and row_scale where there is a scale_in."""
+    """Fill y_LBO for L layers, whose columns lie `offsets` from x_SBN's; and row_scale where there is a scale_in.
+
+    y_LBO: rows may be parts of wider ones. fragments: its columns in the order of `fragments.fragments`.
+    """
     layers, rows, outputs = y_LBO.shape
     if y_LBO.numel() == 0:
         return
     if x_SBN.stride(2) != 1:
         x_SBN = x_SBN.contiguous()
-    tensors = [x_SBN, scale_in, row_scale, *_three(scales_out), *_three(biases), y_LBO]
-    tensors[1:] = [None if tensor is None else tensor.contiguous() for tensor in tensors[1:]]
+    tensors = [scale_in, row_scale, *_three(scales_out), *_three(biases)]
+    tensors = [x_SBN, *(None if tensor is None else tensor.contiguous() for tensor in tensors), y_LBO]
     columns = [*offsets[1:], 0, 0][:2]
     parts, _, width = x_SBN.shape
     sizes = (parts, x_SBN.stride(1), x_SBN.stride(0), *columns, y_LBO.stride(1), y_LBO.stride(0), width, outputs)
     blocks = (width if scale_in is None else outputs) // block
     cut = plan(block, blocks, rows <= DECODE_ROWS)
-    constants = _constants(cut, block, blocks, layers, scale_in is not None)
+    constants = _constants(cut, block, blocks, layers, scale_in is not None, fragments)
     with torch.cuda.device_of(y_LBO):  # Triton launches on the current device
         if cut.order == 1:
             grid = (layers * rows * -(-blocks // cut.tile) * cut.fold,)
@@ -257,7 +283,7 @@ def _three(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return [*tensors, fill, fill][:LAYERS]
 
 
-def _constants(cut: Plan, block: int, blocks: int, layers: int, inward: bool) -> dict[str, object]:
+def _constants(cut: Plan, block: int, blocks: int, layers: int, inward: bool, fragments: bool) -> dict[str, object]:
     # N times the root mean square of a row is this many times the root of the sum of squares of all scale_in * x UNIT.
     norm = block * sqrt(blocks)
     norm_bits = ceil(log2(norm))
@@ -273,6 +299,7 @@ def _constants(cut: Plan, block: int, blocks: int, layers: int, inward: bool) ->
         "NORM": norm / 2**norm_bits,
         "NORM_BITS": norm_bits,
         "INWARD": inward,
+        "FRAGMENTS": fragments,
     }
     if cut.order == 1:
         return shared
@@ -297,7 +324,7 @@ def _case(block: int, blocks: int, few_rows: bool, inward: bool, layers: int = 1
 
     cut = plan(block, blocks, few_rows)
     kernel = sylvester_kernel if cut.order == 1 else dense_kernel
-    constants = _constants(cut, block, blocks, layers, inward)
+    constants = _constants(cut, block, blocks, layers, inward, fragments=inward and few_rows)
     types = {"x_ptr": "*fp16" if inward else "*fp32", "row_scale_ptr": "*fp32", "y_ptr": "*fp16"}
     types["dense_ptr"] = "*bf16" if constants.get("FLAT") else "*fp32"
     # Triton makes constants of what is None, and of integers that are 1.

@@ -18,6 +18,7 @@ from qtipcli.cli.finetune import finetune
 from qtipcli.cli.generate import chat, generate
 from qtipcli.cli.serve import PASS_ON, serve
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
+from qtipcli.errors import one_line
 from qtipcli.job import launcher
 
 
@@ -303,8 +304,9 @@ def _report(report: dict[str, Any], as_json: bool) -> None:
         return
     print_table("", report["rows"])
     for name, why in report["not_converted"].items():
-        print(f"not converted: {name} ({why})")
+        print(one_line(f"not converted: {name} ({why})"))
+    parameters = "an unknown number of" if report["parameters"] is None else f"{report['parameters']:,}"
     print(
         f"{report['directory']}: {report['bits_per_weight']:.3f} bits per weight as stored, {report['bytes'] / 1e6:.2f} MB, "
-        f"{report['parameters']:,} parameters, {report['checksums']} checksums right"
+        f"{parameters} parameters, {report['checksums']} checksums right"
     )

@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qtipcli.errors import one_line
 from qtipcli.stages.figures import WithError, text_of
 
 COLUMN_WIDTHS = {"layer": 38, "shape": 14, "bits": 5, "relative proxy loss": 20, "seconds": 8}
@@ -35,7 +36,7 @@ def print_table(
     """
     names = list(columns or (rows[0] if rows else ()))
     # A table in a file or a pipe is not cut to a terminal's width.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
     table = _table(title, rows, names)
     # Measured in a console without end: a measurement never exceeds its console's own width.
     endless = console.options.update(max_width=sys.maxsize)
@@ -51,7 +52,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) 
         is_number = any(isinstance(row.get(name), int | float | WithError) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(text_of(row.get(name)) for name in names))
+        table.add_row(*(one_line(text_of(row.get(name))) for name in names))
     return table
 
 
@@ -63,7 +64,7 @@ class Display:
     """Shows a stage's progress on stderr: a bar with ETA on a terminal, plain lines elsewhere. A context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
         self._title = ""

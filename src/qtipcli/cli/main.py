@@ -42,7 +42,7 @@ def _run(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        print("\nqtip: stopped; what is finished is kept: give the same command again to go on", file=sys.stderr)
+        print("\nqtip: stopped; a job keeps what is finished and goes on with it under the same command", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does. Nothing can be said to it any more.

@@ -26,6 +26,12 @@ USE, FIGURES = "use", "figures"
 _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 """The Hub's own rule for the block at the head of a card (huggingface_hub.repocard.REGEX_YAML_BLOCK), as of version 2.4."""
 
+LONGEST_METADATA = 200_000
+"""Characters; the parser takes seconds for as many."""
+
+LONGEST_LIST = 1000
+"""Entries of a base's list of languages, and characters of each."""
+
 LABELS = {
     "perplexity": "perplexity",
     "base_perplexity": "perplexity of the original",
@@ -107,9 +113,12 @@ def front_matter(text: str) -> dict[str, Any]:
     block = _FRONT_MATTER.match(text)
     if block is None:
         return {}
+    if len(block["yaml"]) > LONGEST_METADATA:
+        raise ValueError(f"its metadata is longer than {LONGEST_METADATA:,} characters")
     try:
         fields = yaml.load(block["yaml"], Loader=yaml.BaseLoader)  # strings, lists and tables only: as safe as safe_load
-    except yaml.YAMLError as error:
+    # Beside its own errors also RecursionError, and what its scanner raises at the ends of a broken text.
+    except (yaml.YAMLError, RecursionError, ValueError, IndexError, AttributeError) as error:
         raise ValueError("its metadata is not YAML") from error
     if not isinstance(fields, dict):
         raise ValueError("its metadata is not a table")
@@ -117,8 +126,13 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def inherited(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a base's metadata its quantized copy takes over."""
-    return {name: fields[name] for name in INHERITED if fields.get(name)}
+    """What of a base's metadata its quantized copy takes over: texts, and lists of them; anything else is no licence."""
+    return {name: fields[name] for name in INHERITED if fields.get(name) and _is_texts(fields[name])}
+
+
+def _is_texts(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return len(parts) <= LONGEST_LIST and all(isinstance(part, str) and len(part) <= LONGEST_LIST for part in parts)
 
 
 def metadata(facts: CardFacts) -> dict[str, Any]:
@@ -287,14 +301,15 @@ def _figure(value: Any, error: Any) -> str:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
-    if not _is_figure(error) or not error > 0:
+    if not _is_figure(error) or not 0 < error < math.inf:
         return f"{value:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _protocol(result: Mapping[str, Any]) -> str:
-    protocol = result.get("protocol") or {}
+    protocol = result.get("protocol")
+    protocol = protocol if isinstance(protocol, dict) else {}
     shown = ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in protocol.items()

@@ -16,6 +16,7 @@ from qtipcli.errors import QtipError
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.quant.transform import Transform
 from qtipcli.registration import METHOD
+from qtipcli.untrusted import is_deep
 from qtipcli_kernels.packing import FORMAT_VERSION
 from qtipcli_kernels.spec import SpecError, TrellisSpec
 
@@ -33,6 +34,9 @@ BITS_TOLERANCE = 5e-5
 
 DECIMALS = 4
 
+LARGEST_SIDE = 2**31 - 1
+"""Of a matrix: what a kernel's 32-bit index reaches."""
+
 
 class QtipConfig(QuantizationConfigMixin):
     """What it takes to decode a packed model without looking at its tensors. Its attributes are the fields on disk.
@@ -41,7 +45,9 @@ class QtipConfig(QuantizationConfigMixin):
     layer that is unknown, missing or inconsistent.
     """
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
+        if is_deep(fields):
+            raise QtipError("quantization_config is nested too deeply", "take the original config.json")
         method = fields.pop("quant_method", METHOD)
         if method != METHOD:
             raise QtipError(f"the quantization config is of method {method!r}, not {METHOD!r}", "load it with its own library")
@@ -67,8 +73,9 @@ class QtipConfig(QuantizationConfigMixin):
         self._check_mapping("provenance", "anything")
         average = average_bits(self.layouts())
         recorded = self.bits_per_weight
-        # Written so that NaN does not pass.
-        if not isinstance(recorded, int | float) or not abs(recorded - average) <= BITS_TOLERANCE:
+        # Written so that NaN does not pass; compared before it is subtracted, as a whole number may be too large for a float.
+        in_range = type(recorded) in (int, float) and 0 <= recorded <= average + 1
+        if not in_range or not abs(recorded - average) <= BITS_TOLERANCE:
             raise QtipError(
                 f"quantization_config records {recorded} bits_per_weight, but its layers come to {average:.4f}",
                 "the table was changed after it was written: quantize again, or take the original config.json",
@@ -135,6 +142,8 @@ class QtipConfig(QuantizationConfigMixin):
                 raise QtipError(f"{where} has {mark} {value!r}", "it must be true or false")
         if all(marks.values()):
             raise QtipError(f"{where} is an embedding with a bias", "only linears have one")
+        if type(settings["code"]) is not str:
+            raise QtipError(f"{where} has code {settings['code']!r}", "it must be a name")
         for key in SPEC_FIELDS[1:]:
             if type(settings[key]) is not int:
                 raise QtipError(
@@ -182,6 +191,8 @@ def _refuse_unknown(fields: Mapping[str, Any], known: tuple[str, ...], where: st
 
 
 def _shape(where: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 2 or any(type(size) is not int or size < 1 for size in value):
-        raise QtipError(f"{where} has shape {value!r}", "it must be [out_features, in_features], two positive whole numbers")
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if not is_pair or any(type(size) is not int or not 1 <= size <= LARGEST_SIDE for size in value):
+        hint = f"it must be [out_features, in_features], two positive whole numbers, at most {LARGEST_SIDE:,}"
+        raise QtipError(f"{where} has shape {value!r}", hint)
     return value[0], value[1]

@@ -19,6 +19,10 @@ INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 """Those of PEFT that do not read the layer's weight."""
 
 
+LARGEST_RANK = 65_536
+"""More than any matrix of a model has; an adapter from somewhere must not ask for all of the memory."""
+
+
 def packed_lora(config: LoraConfig) -> LoraConfig:
     """The same config, which now covers packed layers too: give it to get_peft_model, or to PeftModel.from_pretrained.
 
@@ -31,6 +35,9 @@ def packed_lora(config: LoraConfig) -> LoraConfig:
             f"init_lora_weights {config.init_lora_weights!r} reads a dense weight, which packed layers have not",
             f"choose one of {', '.join(map(repr, INITIALIZATIONS))}",
         )
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    if not all(type(rank) is int and 0 < rank <= LARGEST_RANK for rank in ranks):
+        raise SettingsError(f"a LoRA of rank {max(ranks, key=str)!r}", f"choose whole numbers from 1 to {LARGEST_RANK:,}")
     config._register_custom_module({TrellisLinear: LoraTrellisLinear})
     return config
 

@@ -5,6 +5,7 @@ Only hooks that kept their signature through transformers 5 are overridden.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.offload import keep_stored_dtypes
 from qtipcli.hub.tensors import REMEDY, check_tensors
 from qtipcli.nn import fused, plain, swap
+from qtipcli.untrusted import is_inside, refuse_impossible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +46,11 @@ class QtipHfQuantizer(HfQuantizer):
         self.place_modules(model, kwargs.get("checkpoint_files"))
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
+    def update_attn_implementation(self, config: Any, *others: Any) -> Any:
+        """Refuse sizes that no model has before transformers builds one of them; newer versions ask this before they build."""
+        refuse_impossible(config.to_dict(), config.name_or_path)
+        return getattr(super(), "update_attn_implementation", lambda config, *others: config)(config, *others)
+
     def place_modules(self, model: PreTrainedModel, files: Sequence[str | Path] | None) -> None:
         """Swap unfilled packed modules into `model`, which may be on meta, in place.
 
@@ -51,6 +58,7 @@ class QtipHfQuantizer(HfQuantizer):
         Raises QtipError where the table is not this model's, CorruptError where the files are not the table's.
         """
         if files:
+            _refuse_outside(model, files)
             check_tensors(self.quantization_config.layouts(), files)
         # Names in the table of layers are those of linears: also of experts that transformers fuses, and in Conv1D's place.
         self._replaced = plain.make_plain(model).replaced
@@ -67,8 +75,9 @@ class QtipHfQuantizer(HfQuantizer):
         _refuse_tensor_parallel(model)
         _refuse_random_weights(model, self._shapes)
         # The loader makes every floating tensor it sets ask for a gradient.
-        for module in swap.packed_modules(model).values():
+        for name, module in swap.packed_modules(model).items():
             module.requires_grad_(False)
+            _refuse_not_finite(name, module)
         keep_stored_dtypes(model)
         fused.fuse(model)
         return model
@@ -89,6 +98,24 @@ class QtipHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients reach the inputs of packed layers, so that adapters and norms can be trained."""
         return True
+
+
+def _refuse_outside(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
+    """Raise CorruptError where the index of a local directory led transformers to files outside of it, by their names."""
+    directory = model.config.name_or_path
+    if not directory or not Path(directory).is_dir():
+        return
+    for file in files:
+        if not is_inside(os.path.relpath(os.path.normpath(file), os.path.normpath(directory))):
+            raise CorruptError(f"the index names a file outside the model directory: {file}", "do not use this model's files")
+
+
+def _refuse_not_finite(name: str, module: torch.nn.Module) -> None:
+    """Raise CorruptError where a scale or table is NaN or infinite; trellis words are valid whatever they are."""
+    for part in ("scale_in", "scale_out", "lut"):
+        tensor = getattr(module, part, None)
+        if tensor is not None and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise CorruptError(f"tensor {name}.{part} holds NaN or infinite values", REMEDY)
 
 
 def _names_in(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
@@ -122,7 +149,7 @@ def _refuse_random_weights(model: PreTrainedModel, shapes: Mapping[str, torch.Si
     Left to transformers' warning is what the saved model never had: a new head on it, to be trained, that is not the one that
     predicts tokens. Offloaded parameters are not in memory; the loader fails by itself where it does not find them.
     """
-    saved = model.config.architectures or [type(model).__name__]
+    saved = model.config.architectures if isinstance(model.config.architectures, list) else [type(model).__name__]
     inner, head = model.base_model, model.get_output_embeddings()
     for prefix, module in model.named_modules():
         is_new = type(model).__name__ not in saved and prefix and not _is_within(module, inner) and module is not head

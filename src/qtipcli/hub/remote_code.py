@@ -6,11 +6,11 @@ code, and tools that ask for the architecture would not know it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qtipcli.errors import QtipError
+from qtipcli.untrusted import read_table
 
 MODULE, CLASS = "configuration_qtip", "QtipAutoConfig"
 REFERENCE = f"{MODULE}.{CLASS}"
@@ -39,7 +39,7 @@ def add(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     Raises QtipError where the model brings code of its own for its configuration.
     """
-    others = {name: target for name, target in config.get("auto_map", {}).items() if target != REFERENCE}
+    others = {name: target for name, target in _entries(config.get("auto_map")).items() if target != REFERENCE}
     if "AutoConfig" in others:
         raise QtipError(
             f"the model brings its own code for its configuration: {others['AutoConfig']}",
@@ -51,14 +51,19 @@ def add(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def is_in(directory: Path) -> bool:
     """Whether a packed directory has the file and its entry."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return (directory / f"{MODULE}.py").is_file() and config.get("auto_map", {}).get("AutoConfig") == REFERENCE
+    config = read_table(directory / "config.json", "pack the model again")
+    return (directory / f"{MODULE}.py").is_file() and _entries(config.get("auto_map")).get("AutoConfig") == REFERENCE
 
 
 def forget(config: Any) -> None:
     """Drop the entry from a loaded model's config: what save_pretrained writes has the file no longer."""
-    others = {name: target for name, target in (getattr(config, "auto_map", None) or {}).items() if target != REFERENCE}
+    others = {name: target for name, target in _entries(getattr(config, "auto_map", None)).items() if target != REFERENCE}
     if others:
         config.auto_map = others
     elif hasattr(config, "auto_map"):
         del config.auto_map
+
+
+def _entries(auto_map: Any) -> dict[str, Any]:
+    """The table of classes in a config; empty where it is none."""
+    return auto_map if isinstance(auto_map, dict) else {}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qtipcli.errors import CorruptError, QtipError
+from qtipcli.errors import CorruptError, QtipError, storage_error
 from qtipcli.nn.layout import PackedLayout, StoredTensor
+from qtipcli.untrusted import open_regular
 
 Header = dict[str, tuple[str, tuple[int, ...], str]]
 """Tensor name -> (dtype as safetensors names it, shape, file)."""
@@ -55,10 +56,15 @@ def _read_headers(files: Sequence[str | Path]) -> Header:
         if path.suffix != ".safetensors":
             raise QtipError(f"{path} is no safetensors file", "qtip models are never pickled: do not load this file")
         try:
+            open_regular(path, REMEDY).close()
             with safe_open(path, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118, a safe_open is no mapping
+                    if key in header:
+                        raise CorruptError(f"tensor {key} is in {header[key][2]} and in {path.name}", REMEDY)
                     tensor = opened.get_slice(key)
                     header[key] = (tensor.get_dtype(), tuple(tensor.get_shape()), path.name)
+        except OSError as error:
+            raise storage_error(error, path, "read") from error
         except SafetensorError as error:
             raise CorruptError(f"{path} is damaged: {error}", REMEDY) from error
     return header

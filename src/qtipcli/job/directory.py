@@ -29,6 +29,7 @@ from qtipcli.job.ledger import Entry, Ledger, shard_name
 from qtipcli.job.lock import Lock
 from qtipcli.job.record import differences, encode, normalized
 from qtipcli.job.shards import check_shard, open_shard, read_shard, write_shard
+from qtipcli.untrusted import open_regular, parse_json
 
 _JOB, _LEDGER, _LOCK = "job.json", "ledger.jsonl", "lock"
 _JOB_FIELDS = {"qtip", "stage", "settings", "fingerprint", "created"}
@@ -303,19 +304,24 @@ def _read_job(path: Path) -> dict[str, Any] | None:
     """What job.json says; None if there is none. Raises CorruptError, SettingsError (another program's), StorageError."""
     file = path / _JOB
     try:
-        text = file.read_bytes()
+        with open_regular(file, "choose another directory") as opened:
+            text = opened.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise storage_error(error, file, "read") from error
     try:
-        job = json.loads(text)
+        job = parse_json(text, unique=True)
     except ValueError as error:
         raise CorruptError(
             f"{file} is damaged: it is not JSON", "choose another directory, or --force to start again"
         ) from error
-    if not isinstance(job, dict) or not job.keys() >= _JOB_FIELDS:
+    if not isinstance(job, dict) or not job.keys() >= _JOB_FIELDS or type(job["stage"]) is not str:
         raise SettingsError(f"{file} is not a qtip job's file", "choose another directory")
+    if not all(isinstance(job[part], dict) for part in ("settings", "fingerprint")):
+        raise CorruptError(
+            f"{file} is damaged: its settings are no table", "choose another directory, or --force to start again"
+        )
     return job
 
 

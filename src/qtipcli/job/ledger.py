@@ -7,7 +7,6 @@ acknowledged, so it is dropped; a bad line anywhere else is damage and is said t
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from typing import Any
 from qtipcli.errors import CorruptError, storage_error
 from qtipcli.job.files import sync_directory, write_all, write_text_atomic
 from qtipcli.job.record import encode, normalized
+from qtipcli.untrusted import parse_json
 
 # Letters, digits, dot, dash, underscore: a key is a file name everywhere and never leaves its directory. 200 characters and
 # what is put around them stay below the 255 bytes that file systems allow.
@@ -143,8 +143,9 @@ def _line(entry: Entry) -> bytes:
 def _parse(line: bytes) -> Entry | None:
     """The entry on this line; None if the line is torn or is no entry that `_line` would have written."""
     try:
-        entry = Entry(**json.loads(line))
+        entry = Entry(**parse_json(line))
         whole = entry.file == shard_name(entry.key) and _line(entry) == line
     except (ValueError, TypeError):
         return None
-    return entry if whole else None
+    is_typed = type(entry.bytes) is int and type(entry.sha256) is str and type(entry.report) is dict
+    return entry if whole and is_typed else None

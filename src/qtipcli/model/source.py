@@ -6,10 +6,9 @@ refused here, before any work is done. Nothing is unpickled, and no code of the 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
+from qtipcli.errors import CorruptError, QtipError, SettingsError, first_line, storage_error
+from qtipcli.model import dequantized
 from qtipcli.model.hub_errors import at, hub_errors, near_folder
+from qtipcli.untrusted import is_inside, read_table, refuse_impossible
 
+AGAIN = "download or export the model again"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -31,8 +33,8 @@ _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "
 _CODE_FILES = ("*.py",)
 OTHER_COPIES = ("onnx/*", "openvino/*", "original/*", "coreml/*")
 
-# The dtypes a float checkpoint holds, by safetensors' names for them (safetensors format description). FP8 and the packed
-# 4-bit kinds are left out on purpose: such a checkpoint is quantized already.
+# The dtypes that are read, by safetensors' names for them (safetensors format description). Others are left out on purpose:
+# such a checkpoint is quantized already.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +46,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    **dequantized.DTYPES,
 }
 
 # How classes that predict the next token are called in a config's "architectures"; "...Model" is one saved without its head.
@@ -69,18 +72,25 @@ class ModelSource:
         slug: the name as a part of a file name.
         config: the transformers config.
         trust_remote_code: whether code in the directory may run.
-        tensor_names: every tensor of the checkpoint, shard by shard.
+        tensor_names: every tensor of the checkpoint, shard by shard; of one that is stored in FP8 or MXFP4, what it stands for.
         shards: the safetensors files that hold them, sorted by name.
     """
 
     def __init__(
-        self, directory: Path, name: str, config: PreTrainedConfig, tensors: dict[str, StoredTensor], trust_remote_code: bool
+        self,
+        directory: Path,
+        name: str,
+        config: PreTrainedConfig,
+        fields: dict[str, Any],
+        tensors: dict[str, StoredTensor],
+        trust_remote_code: bool,
     ) -> None:
         self.directory = directory
         self.name = name
         self.config = config
         self.trust_remote_code = trust_remote_code
-        self._tensors = tensors
+        self._stored = tensors
+        self._tensors: dict[str, StoredTensor | dequantized.Scaled] = dequantized.logical(tensors, fields, name)
 
     @classmethod
     def open(
@@ -117,16 +127,19 @@ class ModelSource:
         tensors: dict[str, StoredTensor] | None = None,
     ) -> ModelSource:
         """As `open`, of a directory that is there. tensors: what its weights are, where only the rest of it is there."""
-        _refuse_quantized(_read_json(directory / CONFIG_FILE), name, accepted_method)
+        fields = read_table(directory / CONFIG_FILE, AGAIN)
+        _refuse_quantized(fields, name, accepted_method)
+        refuse_impossible(fields, name)
         config = _load_config(directory, name, trust_remote_code)
-        if accepted_method is not None and hasattr(config, "quantization_config"):
-            del config.quantization_config
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config  # of what is read from here on it is not true
         _refuse_other_tasks(config, name)
         if tensors is None:
             tensors = {}
             for shard, expected in _shard_contents(directory, name).items():
                 tensors |= _read_header(shard, expected)
-        return cls(directory, name, config, tensors, trust_remote_code)
+        return cls(directory, name, config, fields, tensors, trust_remote_code)
 
     @property
     def slug(self) -> str:
@@ -140,7 +153,7 @@ class ModelSource:
 
     @property
     def shards(self) -> list[Path]:
-        return sorted({tensor.shard for tensor in self._tensors.values()})
+        return sorted({tensor.shard for tensor in self._stored.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the checkpoint, without reading it."""
@@ -151,14 +164,19 @@ class ModelSource:
         return self._tensors[name].dtype
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """Reads one tensor as stored, on the CPU. The file is mapped, so memory is taken as the values are used.
+        """Reads one tensor, on the CPU: as stored, or what it stands for. The file is mapped, so memory is taken as the values
+        are used.
 
         row: index in its first dimension, of the one part to be read; None for all of it.
 
         Raises:
             CorruptError: the shard is not what it was when the model was opened.
         """
-        shard = self._tensors[name].shard
+        tensor = self._tensors[name]
+        return tensor.read(self._read, row) if isinstance(tensor, dequantized.Scaled) else self._read(name, row)
+
+    def _read(self, name: str, row: int | None) -> Tensor:
+        shard = self._stored[name].shard
         try:
             # Opened anew each time: pages of a mapping that stays open would add up to the whole model.
             with safe_open(shard, framework="pt") as file:
@@ -229,9 +247,9 @@ def _download(name: str, revision: str | None, trust_remote_code: bool, accepted
         if not (directory / CONFIG_FILE).is_file():
             raise QtipError(f"{name}{at(revision)} on the Hugging Face Hub has no {CONFIG_FILE}", "choose a transformers model")
         # Before gigabytes are fetched for nothing.
-        _refuse_quantized(_read_json(directory / CONFIG_FILE), name, accepted_method)
+        _refuse_quantized(read_table(directory / CONFIG_FILE, AGAIN), name, accepted_method)
         index = directory / INDEX_FILE
-        weights = sorted(set(_index_weight_map(index).values())) if index.is_file() else [SINGLE_FILE]
+        weights = sorted(set(index_weight_map(index).values())) if index.is_file() else [SINGLE_FILE]
         return Path(snapshot_download(name, revision=directory.name, allow_patterns=[*small, *weights]))
 
 
@@ -243,18 +261,6 @@ def small_files(trust_remote_code: bool) -> list[str]:
 # ---- what its config says --------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise storage_error(error, path, "read") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise CorruptError(f"{path} is not JSON: {error}", "download or export the model again") from error
-    if not isinstance(content, dict):
-        raise CorruptError(f"{path} holds no JSON object", "download or export the model again")
-    return content
-
-
 def _refuse_quantized(config: dict[str, Any], name: str, accepted_method: str | None) -> None:
     """Refuses a checkpoint that carries quantization of any but the accepted method, also in a nested text config."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -262,7 +268,7 @@ def _refuse_quantized(config: dict[str, Any], name: str, accepted_method: str | 
         stated = part.get("quantization_config") or part.get("compression_config")
         if stated:
             method = stated.get("quant_method", "unnamed method") if isinstance(stated, dict) else "unnamed method"
-            if method == accepted_method:
+            if method == accepted_method or method in dequantized.METHODS:
                 continue
             raise QtipError(
                 f"{name} is already quantized ({method})", "start from the original model with its bf16 or fp16 weights"
@@ -272,18 +278,21 @@ def _refuse_quantized(config: dict[str, Any], name: str, accepted_method: str | 
 def _load_config(directory: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+    # Also what its checks of fields raise, which is of no common kind.
+    except Exception as error:
         if "trust_remote_code" in str(error):
             hint = "read the .py files in it, then pass --trust-remote-code if you trust them"
             raise QtipError(f"{name} comes with its own code, which is not run unless you trust it", hint) from error
-        fact = str(error).strip().split("\n")[0].rstrip(".")
+        fact = first_line(error)
         raise QtipError(f"transformers cannot read the config of {name}: {fact}", "a newer transformers may know it") from error
 
 
 def _refuse_other_tasks(config: PreTrainedConfig, name: str) -> None:
     """Refuses what does not predict the next token from the ones before: encoders, encoder-decoders, classifiers."""
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    stated = list(getattr(config, "architectures", None) or [])
+    auto_map = getattr(config, "auto_map", None)
+    remote = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+    named = getattr(config, "architectures", None)
+    stated = [str(each) for each in named] if isinstance(named, list) else []
     known = remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     generates = remote or any(each.endswith(_GENERATING_CLASSES) for each in stated)
     # A config has `is_decoder` where the family is an encoder unless told otherwise (and in a few old decoder families).
@@ -297,14 +306,13 @@ def _refuse_other_tasks(config: PreTrainedConfig, name: str) -> None:
 # ---- which tensors lie where -----------------------------------------------------------------------------------------------
 
 
-def _index_weight_map(index: Path) -> dict[str, str]:
+def index_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard file name, from the index, refusing names that lead out of the directory."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_table(index, AGAIN, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CorruptError(f"{index} has no weight_map from tensors to files", "download or export the model again")
+        raise CorruptError(f"{index} has no weight_map from tensors to files", AGAIN)
     for shard in set(weight_map.values()):
-        # By the name alone: in the Hub's cache every file is itself a link out of the snapshot.
-        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts or "\\" in shard:
+        if not is_inside(shard):
             raise CorruptError(f"{index} names a file outside the model directory: {shard}", "do not use this model's files")
     return weight_map
 
@@ -317,9 +325,9 @@ def _shard_contents(directory: Path, name: str) -> dict[Path, set[str]]:
             raise _no_weights(directory, name)
         return {directory / SINGLE_FILE: set()}
     contents: dict[Path, set[str]] = {}
-    for tensor, shard in _index_weight_map(index).items():
+    for tensor, shard in index_weight_map(index).items():
         contents.setdefault(directory / shard, set()).add(tensor)
-    missing = sorted(path.name for path in contents if not path.is_file())
+    missing = sorted(str(path.relative_to(directory)) for path in contents if not path.is_file())
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = "download the model again, or wait until its download has finished"

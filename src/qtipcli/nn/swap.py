@@ -22,6 +22,7 @@ def swap(model: nn.Module, layouts: Mapping[str, PackedLayout], heads: Mapping[s
     Raises QtipError where a name is no such module of the model, or its sizes or bias are not the layout's.
     """
     modules = {name: _checked(model, name, layout) for name, layout in layouts.items()}
+    _refuse_twice(modules)
     linears = {head: _checked(model, head, layouts[embedding], tied=True) for head, embedding in (heads or {}).items()}
     for name, module in modules.items():
         placed = {"device": module.weight.device, "dtype": module.weight.dtype}
@@ -72,7 +73,8 @@ def _checked(model: nn.Module, name: str, layout: PackedLayout, tied: bool = Fal
     """The module that is to be replaced; `tied`: a head, to which the layout of its embedding belongs."""
     try:
         module = model.get_submodule(name)
-    except AttributeError as error:
+    # A name that leads to a list, a number or nothing.
+    except (AttributeError, TypeError) as error:
         raise QtipError(
             f"{type(model).__name__} has no layer {name}", "check that config.json belongs to this model and model class"
         ) from error
@@ -89,6 +91,14 @@ def _checked(model: nn.Module, name: str, layout: PackedLayout, tied: bool = Fal
             "check that config.json belongs to this model",
         )
     return module
+
+
+def _refuse_twice(modules: Mapping[str, nn.Module]) -> None:
+    """Raise QtipError where two names lead to one module, as through a property (`base_model`) of its model."""
+    names: dict[int, str] = {}
+    for name, module in modules.items():
+        if (other := names.setdefault(id(module), name)) != name:
+            raise QtipError(f"layers {other} and {name} are one module of the model", "take the original config.json")
 
 
 def _checked_embedding(module: nn.Module, name: str, layout: PackedLayout) -> nn.Embedding:

@@ -47,7 +47,7 @@ class Transform:
         """The inverse of `str`: "full" or "block-128". Raises QtipError naming the text."""
         if text == "full":
             return cls()
-        match = re.fullmatch(r"block-([1-9][0-9]*)", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"block-([1-9][0-9]{0,8})", text) if isinstance(text, str) else None
         if match is None:
             raise QtipError(f"unknown incoherence transform {text!r}", "known are 'full' and 'block-N', such as 'block-128'")
         return cls("block", int(match[1]))

@@ -7,7 +7,6 @@ hold packed layers, as they do in the whole model.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,16 +16,19 @@ from torch import Tensor
 
 from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError
-from qtipcli.hub.config import METHOD, QtipConfig
+from qtipcli.hub.config import METHOD
 from qtipcli.hub.quantizer import QtipHfQuantizer
+from qtipcli.model import dequantized
 from qtipcli.model.skeleton import Skeleton
-from qtipcli.model.source import CONFIG_FILE, ModelSource
+from qtipcli.model.source import AGAIN, CONFIG_FILE, ModelSource
 from qtipcli.stages.evaluate import BLOCK_BY_BLOCK, Logits, ModelLogits, check_fits, device_name
+from qtipcli.stages.inspect import read_config
 from qtipcli.stages.load import computing_dtype, default_device, load_model
 from qtipcli.stages.progress import Watcher
 from qtipcli.stages.room import free_bytes
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.teacher import Teacher
+from qtipcli.untrusted import read_table
 
 WEIGHTS_SHARE = 0.8
 """Of the free memory, that whole models may take: the rest is for logits and what flows between blocks."""
@@ -94,10 +96,10 @@ def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code
     """
     source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
     device, chosen = default_device(), computing_dtype(source.config, dtype)
-    fields = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8")).get("quantization_config")
-    if fields is None:
+    fields = read_table(source.directory / CONFIG_FILE, AGAIN)
+    if fields.get("quantization_config") is None or dequantized.is_one(fields):
         return Skeleton(source, chosen, device)
-    quantizer = QtipHfQuantizer(QtipConfig(**fields))
+    quantizer = QtipHfQuantizer(read_config(source.directory))
     return Skeleton(source, chosen, device, lambda model: quantizer.place_modules(model, source.shards))
 
 

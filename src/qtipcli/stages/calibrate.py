@@ -55,7 +55,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's own tokenizer. Raises QtipError if it has none that transformers can load."""
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    # Files that somebody else wrote can make transformers raise anything.
+    except Exception as error:
         raise QtipError(
             f"{source.name} has no tokenizer that transformers can load", "put the tokenizer's files beside config.json"
         ) from error
@@ -133,7 +134,7 @@ def add(
     or its head cannot be packed, StoppedError after Ctrl-C.
     """
     found = RunDirectory.load(directory, STAGE)
-    if found.fingerprint["model"] != fingerprint_model(source.directory):
+    if found.fingerprint.get("model") != fingerprint_model(source.directory):
         raise QtipError(f"{directory} was calibrated on another model than {source.name}", "give the Hessians of this model")
     with (
         interruptible(notice=processes.is_main),

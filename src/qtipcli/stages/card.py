@@ -12,12 +12,13 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-from qtipcli.errors import StorageError
+from qtipcli.errors import QtipError
 from qtipcli.hub import card
 from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.published import model_name, published
 from qtipcli.job.files import write_text_atomic
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.untrusted import read_table, read_whole
 
 CARD_FILE = "README.md"
 EVALUATIONS_FILE = "qtip-eval.json"
@@ -63,11 +64,11 @@ def write(
 def inherited_from(directory: Path, watcher: Watcher) -> dict[str, Any]:
     """What a quantized copy takes over from the card in a model's directory; nothing where it has none."""
     file = directory / CARD_FILE
-    try:
-        return card.inherited(card.front_matter(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not file.exists():
         return {}
-    except (OSError, ValueError) as error:
+    try:
+        return card.inherited(card.front_matter(read_whole(file, "").decode("utf-8")))
+    except (OSError, ValueError, QtipError) as error:
         watcher.note(f"licence and languages are not taken over from {file}: {error}")
         return {}
 
@@ -88,17 +89,16 @@ def record(directory: str | Path, base: str | None, result: Mapping[str, Any], w
         results = [old for old in evaluations(where) if _question(old) != _question(new)] + [new]
         write_text_atomic(where / EVALUATIONS_FILE, json.dumps({"results": results}, indent=1) + "\n")
         _write_figures(where, results, watcher)
-    except (OSError, ValueError, StorageError) as error:
+    except (OSError, ValueError, KeyError, TypeError, QtipError) as error:
         watcher.note(f"the figures are not kept with the model: {error}")
 
 
 def evaluations(directory: Path) -> list[dict[str, Any]]:
     """The evaluations kept in a packed directory, oldest first; none where there is no readable record of them."""
     try:
-        kept = json.loads((directory / EVALUATIONS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        results = read_table(directory / EVALUATIONS_FILE, "").get("results")
+    except QtipError:
         return []
-    results = kept.get("results") if isinstance(kept, dict) else None
     return [result for result in results if isinstance(result, dict)] if isinstance(results, list) else []
 
 
@@ -106,10 +106,10 @@ def _write_figures(directory: Path, results: list[dict[str, Any]], watcher: Watc
     file = directory / CARD_FILE
     if not file.is_file():
         return
-    text = file.read_bytes().decode()
-    fields = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-    base_model = fields.get("provenance", {}).get("base_model", "MODEL")
-    changed = card.with_section(text, card.FIGURES, card.figures(results, base_model))
+    text = read_whole(file, "").decode()
+    fields = read_table(directory / "config.json", "")["quantization_config"]
+    base_model = QtipConfig(**fields).provenance.get("base_model", "MODEL")
+    changed = card.with_section(text, card.FIGURES, card.figures(results, str(base_model)))
     if changed is None:
         watcher.note(f"{file} has no place for figures (its marks were removed): they are in {EVALUATIONS_FILE} alone")
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf, prod
@@ -23,13 +22,14 @@ from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError, SettingsError
 from qtipcli.hub.config import METHOD, QtipConfig
 from qtipcli.job.header import read_header
-from qtipcli.model.source import CONFIG_FILE, SINGLE_FILE
+from qtipcli.model.source import AGAIN, CONFIG_FILE, SINGLE_FILE, index_weight_map
 from qtipcli.stages import blockwise, evaluate, measure
 from qtipcli.stages.evaluate import EvaluationResult, Predictions
 from qtipcli.stages.load import check_name, load_config
 from qtipcli.stages.pack import INDEX_FILE
 from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.reference import DEFAULT_CACHE_GIB, KeptLogits
+from qtipcli.untrusted import read_table
 
 
 @dataclass(frozen=True)
@@ -205,26 +205,22 @@ def _measure(
 def stored_of(name: str) -> Stored:
     """What the model takes on disk, from headers alone. A hub model must be in the cache already."""
     directory = Path(name) if Path(name).is_dir() else Path(cached_file(name, CONFIG_FILE)).parent
-    config = _read_json(directory / CONFIG_FILE)
+    config = read_table(directory / CONFIG_FILE, AGAIN)
     if (directory / INDEX_FILE).is_file():
-        files = sorted(set(_read_json(directory / INDEX_FILE)["weight_map"].values()))
+        files = sorted(set(index_weight_map(directory / INDEX_FILE).values()))
     else:
         files = [SINGLE_FILE] if (directory / SINGLE_FILE).is_file() else []
     tensors = [tensor for file in files for tensor in read_header(directory / file).tensors.values()]
     sizes = [end - start for start, end in (tensor["data_offsets"] for tensor in tensors)]
     megabytes = sum(sizes) / 1e6 if files else None
-    quantization = config.get("quantization_config", {})
-    if quantization.get("quant_method") == METHOD:
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
         packed = QtipConfig(**quantization)
         return Stored(packed.bits_per_weight, megabytes, frozenset(packed.layers))
     matrices = [(size, prod(tensor["shape"])) for size, tensor in zip(sizes, tensors, strict=True) if len(tensor["shape"]) > 1]
     if quantization or not matrices:
         return Stored(None, megabytes, None)
     return Stored(8 * sum(size for size, _ in matrices) / sum(weights for _, weights in matrices), megabytes, None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _note_other_layers(measured: Sequence[_Measured], watcher: Watcher) -> None:

@@ -61,6 +61,7 @@ def run(
     run_ = _Run(source, packed, settings, out, force, watcher, memory_gib, processes)
     if not run_.is_written():
         pack.refuse_occupied(out, force)
+        pack.refuse_links(pack.other_files(packed), packed)
     with interruptible(notice=processes.is_main):
         return run_.run()
 

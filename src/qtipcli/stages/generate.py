@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache, StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria
 
 from qtipcli.errors import QtipError
-from qtipcli.stages.load import load_model
+from qtipcli.stages.load import load_model, load_tokenizer
 from qtipcli.stages.sampling import Sampling
 
 UNFINISHED = "\ufffd"
@@ -57,7 +57,7 @@ class Generator:
     def __init__(self, directory: str | Path) -> None:
         self.name = str(directory)
         self.model = load_model(directory)
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer = load_tokenizer(directory)
         self._cache: Any = None
         self._cached: list[int] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from qtipcli.hub.config import METHOD, QtipConfig
 from qtipcli.hub.tensors import check_tensors
 from qtipcli.job.files import sha256_file
 from qtipcli.job.shards import open_shard
-from qtipcli.stages.pack import INDEX_FILE, read_record
+from qtipcli.model.source import index_weight_map
+from qtipcli.stages.pack import INDEX_FILE, RECORD_FILE, read_record
+from qtipcli.untrusted import is_inside, read_table
 
 REMEDY = "quantize or pack it again with --force, or download it again"
 
@@ -30,6 +31,10 @@ def run(directory: Path) -> dict[str, Any]:
         raise QtipError(f"{directory} is unfinished: it has no {INDEX_FILE}", "pack it again, or finish the download")
     record = read_record(directory) or {}
     for name, expected in record.get("sha256", {}).items():
+        if not is_inside(name):
+            raise CorruptError(
+                f"{RECORD_FILE} names a file outside the model directory: {name}", "do not use this model's files"
+            )
         if not (directory / name).is_file():
             raise CorruptError(f"{directory / name} is missing", REMEDY)
         if sha256_file(directory / name) != expected:
@@ -37,12 +42,14 @@ def run(directory: Path) -> dict[str, Any]:
                 f"{directory / name} is damaged: its sha256 is not the one recorded",
                 REMEDY,
             )
-    index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
-    files = sorted({directory / name for name in index["weight_map"].values()})
+    index = read_table(directory / INDEX_FILE, REMEDY)
+    files = sorted({directory / name for name in index_weight_map(directory / INDEX_FILE).values()})
     layouts = config.layouts()
     check_tensors(layouts, files)
     _check_scales(files)
-    losses = {name: report["relative_proxy_loss"] for name, report in record.get("layers", {}).items()}
+    losses = {name: report.get("relative_proxy_loss") for name, report in record.get("layers", {}).items()}
+    metadata = index.get("metadata")
+    parameters = metadata.get("total_parameters") if isinstance(metadata, dict) else None
     rows = [
         {
             "layer": name,
@@ -60,7 +67,7 @@ def run(directory: Path) -> dict[str, Any]:
         "directory": str(directory),
         "bits_per_weight": config.bits_per_weight,
         "bytes": sum(file.stat().st_size for file in files),
-        "parameters": index.get("metadata", {}).get("total_parameters"),
+        "parameters": parameters if type(parameters) is int else None,
         "not_converted": config.not_converted,
         "checksums": len(record.get("sha256", {})),
         "rows": rows,
@@ -70,12 +77,9 @@ def run(directory: Path) -> dict[str, Any]:
 def read_config(directory: Path) -> QtipConfig:
     """The quantization_config of a packed directory. Raises QtipError where there is none."""
     file = directory / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
-    except (FileNotFoundError, NotADirectoryError):
-        raise QtipError(f"{directory} holds no model: there is no {file.name}", "give a directory that qtip packed") from None
-    except ValueError as error:
-        raise CorruptError(f"{file} is damaged: it is not JSON", "pack or download the model again") from error
+    if not file.exists():
+        raise QtipError(f"{directory} holds no model: there is no {file.name}", "give a directory that qtip packed")
+    fields = read_table(file, "pack or download the model again").get("quantization_config")
     if not isinstance(fields, dict) or fields.get("quant_method") != METHOD:
         raise QtipError(f"{directory} is not a qtip model", "give a directory that qtip packed; qtip quantize makes one")
     return QtipConfig(**fields)

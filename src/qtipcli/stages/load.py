@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import qtipcli  # noqa: F401, registers the format with transformers
-from qtipcli.errors import QtipError
+from qtipcli.errors import QtipError, first_line
 from qtipcli.job import launcher
+from qtipcli.model import dequantized
+from qtipcli.model.skeleton import Skeleton
+from qtipcli.model.source import ModelSource
+from qtipcli.untrusted import read_table, refuse_impossible
 
 
 def default_device() -> torch.device:
@@ -38,9 +42,22 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | None = None, trust
     Raises QtipError with what transformers says where it cannot be loaded.
     """
     device = default_device()
+    if dequantized.is_one(vars(load_config(name_or_path, trust_remote_code))):
+        return _load_dequantized(name_or_path, dtype, trust_remote_code)
     chosen = dtype or ("auto" if device.type == "cuda" else torch.float32)
     model = _loaded(AutoModelForCausalLM, name_or_path, dtype=chosen, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
+
+
+def _load_dequantized(name_or_path: str | Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
+    """A model that is stored in FP8 or MXFP4, whose own kernels run on few GPUs: as calibration and rounding see it."""
+    source = ModelSource.open(name_or_path, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton(source, computing_dtype(source.config, dtype), default_device())
+    for index in range(len(skeleton.blocks)):
+        skeleton.materialize(index)
+    skeleton.materialize_outer(head=True)
+    skeleton.model.config.use_cache = True
+    return skeleton.model
 
 
 def computing_dtype(config: PreTrainedConfig, dtype: torch.dtype | None) -> torch.dtype:
@@ -54,10 +71,20 @@ def load_config(name_or_path: str | Path, trust_remote_code: bool = False) -> Pr
     return _loaded(AutoConfig, name_or_path, trust_remote_code=trust_remote_code)
 
 
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer; raises as load_model does."""
+    return _loaded(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
+
+
 def _loaded(kind: Any, name_or_path: str | Path, **how: Any) -> Any:
     check_name(name_or_path)
+    if (config := Path(name_or_path) / "config.json").is_file():
+        refuse_impossible(read_table(config, "download or export the model again"), str(name_or_path))
     try:
         return kind.from_pretrained(name_or_path, **how)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        fact = str(error).strip().split("\n")[0].rstrip(".")
-        raise QtipError(f"{name_or_path} cannot be loaded: {fact}", "check the name, and that transformers loads it") from error
+    except QtipError:
+        raise
+    # A directory that somebody else wrote can make transformers raise anything.
+    except Exception as error:
+        hint = "check the name, and that transformers loads it"
+        raise QtipError(f"{name_or_path} cannot be loaded: {first_line(error)}", hint) from error

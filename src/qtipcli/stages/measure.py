@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -29,6 +28,7 @@ from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.reference import DEFAULT_CACHE_GIB, KeptLogits
 from qtipcli.stages.reference_store import StoredLogits, original_key
 from qtipcli.stages.zero_shot import TaskScore
+from qtipcli.untrusted import read_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -242,7 +242,8 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     """The model's tokenizer. Raises QtipError where transformers loads none."""
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    # Files that somebody else wrote can make transformers raise anything.
+    except Exception as error:
         raise QtipError(f"{name} has no tokenizer that transformers can load", "check the path or the hub name") from error
 
 
@@ -267,9 +268,9 @@ def note_shortage(rows: Windows, watcher: Watcher) -> None:
 def stored_bits(directory: Path) -> float | None:
     """Stored bits per weight of a packed directory; None for another model."""
     try:
-        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        fields = read_table(directory / "config.json", "").get("quantization_config")
+    except QtipError:
         return None
-    if fields.get("quantization_config", {}).get("quant_method") != METHOD:
+    if not isinstance(fields, dict) or fields.get("quant_method") != METHOD:
         return None
     return read_config(directory).bits_per_weight

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from qtipcli.model.source import ModelSource
 from qtipcli.stages import card, outer, quantize
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.untrusted import led_out, read_table
 
 RECORD_FILE = "qtip.json"
 """What was done: the job's settings and fingerprint, a report for each layer, the sha256 of each file."""
@@ -48,6 +50,12 @@ OTHER_COPIES = ("onnx", "openvino", "original", "coreml", "__pycache__")
 
 
 EMPTY_WEIGHT_DTYPE = torch.bfloat16
+
+_OF_MODEL = ("weight", "bias")
+"""Parts of a packed layer that are no part of a job's shard."""
+
+_RECORD_TABLES = {"sha256": str, "layers": dict, "job": dict, "quantize": dict, "calibration": object}
+"""Parts of qtip.json that stages read -> what the values in them are."""
 
 
 def run(
@@ -70,8 +78,9 @@ def run(
     """
     watcher = watcher or Silent()
     refuse_surroundings(out)
+    refuse_links(other_files(source.directory), source.directory)
     job = RunDirectory.load(job_directory, quantize.STAGE)
-    if job.fingerprint["model"] != fingerprint_model(source.directory):
+    if job.fingerprint.get("model") != fingerprint_model(source.directory):
         raise QtipError(f"{job_directory} is a job of another model than {source.name}", "give the model it was started with")
     if packed_from(out, job) and not force and (remote_code.is_in(out) or not with_code):
         watcher.note(f"{out} is complete already: nothing was done")
@@ -124,20 +133,29 @@ def refuse_surroundings(out: Path) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """What qtip.json of a packed directory says; None where there is none. Raises CorruptError where it is damaged."""
     file = directory / RECORD_FILE
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.exists():
         return None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{file} is damaged: it is not JSON", "pack or download the model again") from error
-    return record if isinstance(record, dict) else None
+    hint = "pack or download the model again"
+    record = read_table(file, hint)
+    for part, of in _RECORD_TABLES.items():
+        table = record.get(part, {})
+        if not isinstance(table, dict) or not all(isinstance(value, of) for value in table.values()):
+            raise CorruptError(f"{file} is damaged: {part} is not the table that qtip writes", hint)
+    if not _has_losses(record.get("layers", {})):
+        raise CorruptError(f"{file} is damaged: a loss is no number", hint)
+    return record
+
+
+def _has_losses(layers: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether every layer's loss is a number, or not known."""
+    return all(type(layer.get("relative_proxy_loss")) in (int, float, NoneType) for layer in layers.values())
 
 
 def local_original(directory: Path) -> str | None:
     """Where on this machine the original of a packed directory was, if it is still there."""
     try:
-        where = json.loads((directory / LOCAL_FILE).read_text(encoding="utf-8"))["base_model"]
-    except (OSError, ValueError, KeyError, TypeError):
+        where = read_table(directory / LOCAL_FILE, "")["base_model"]
+    except (QtipError, KeyError):
         return None
     return where if isinstance(where, str) and Path(where).is_dir() else None
 
@@ -181,11 +199,12 @@ class _Packer:
             if not job.done(key):
                 raise QtipError(f"{job.path} is not finished: {what} is missing", "give the quantize command again")
             job.verify(key)
-            report = job.report(key)
+            report = _checked_report(job, key)
             self.layers |= report["layers"]
             self.left |= report["left"]
             self.shard_of |= dict.fromkeys(report["layers"], key)
             self.tuned |= dict.fromkeys(report.get("tuned", ()), key)
+        self.layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
 
     def run(self, max_shard_size: str) -> None:
         plan = self._plan()
@@ -217,6 +236,14 @@ class _Packer:
         with self.job.open_shard(self.shard_of[layer]) as shard:
             names = [name for name in shard.keys() if name.rpartition(".")[0] == layer]  # noqa: SIM118, no mapping
             parts = {name.rpartition(".")[2]: shard.get_tensor(name) for name in names}
+            found = {name.rpartition(".")[2]: shard.get_slice(name) for name in names}
+            kinds = {part: ((each.get_dtype(),), tuple(each.get_shape())) for part, each in found.items()}
+        stated = self.layouts[layer].tensors()
+        if kinds != {part: (each.dtypes, each.shape) for part, each in stated.items() if part not in _OF_MODEL}:
+            raise CorruptError(
+                f"the shard of {layer} in {self.job.path} does not hold the tensors that its ledger says it does",
+                "give the quantize command again with --force",
+            )
         return parts | {"weight": torch.empty(0, dtype=EMPTY_WEIGHT_DTYPE)}
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -233,20 +260,32 @@ class _Packer:
         exact = {f"{prefix}.{name}": why for prefix, block in self.skeleton.blocks for name, why in left_exact(block).items()}
         left = exact | self.left
         not_converted = {name: left.get(name, "outside the decoder blocks") for name in linears if name not in self.layers}
-        layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
         base = model_name(self.source.directory) if self._is_local() else self.source.name
         provenance = {"base_model": base, "settings": published(self.job.settings), **self.provenance}
-        config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
+        config = read_table(self.source.directory / "config.json", "download or export the model again")
         if any(f"{name}.weight" in self.skeleton.untied for name in self.layers):
             _untie(config)
         if "_name_or_path" in config:
             config["_name_or_path"] = published(config["_name_or_path"])
-        own = QtipConfig.from_layouts(layouts, not_converted, provenance)
+        own = QtipConfig.from_layouts(self.layouts, not_converted, provenance)
         config["quantization_config"] = own.to_dict()
         if self.with_code:
             config = remote_code.add(self.directory, config)
         write_text_atomic(self.directory / "config.json", json.dumps(config, indent=2) + "\n")
         return own
+
+
+def _checked_report(job: RunDirectory, key: str) -> dict[str, Any]:
+    """What a finished quantize job says of a shard. Raises CorruptError where it is not what the stage writes."""
+    report = job.report(key)
+    layers, left, tuned = (report.get(part, {}) for part in ("layers", "left", "tuned"))
+    is_written_so = isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())
+    is_written_so = is_written_so and _has_losses(layers)
+    is_written_so &= isinstance(left, dict) and all(isinstance(why, str) for why in left.values())
+    is_written_so &= isinstance(tuned, list | dict) and all(isinstance(name, str) for name in tuned)
+    if not (is_written_so and {"layers", "left"} <= report.keys()):
+        raise CorruptError(f"the ledger of {job.path} is damaged: {key} has no table of layers", "quantize again with --force")
+    return report
 
 
 def stored_tensors(
@@ -302,9 +341,25 @@ def other_files(model: Path, without: tuple[str, ...] = NOT_COPIED) -> list[Path
     return found
 
 
+def refuse_links(files: Iterable[Path], directory: Path) -> None:
+    """Raise QtipError where one of a model's files is a link out of its directory.
+
+    What is packed is meant to be published: a file of the user's own must not come along because a model's author put a link
+    to it beside the weights. Weights are read through links: nothing but tensors comes of them.
+    """
+    for file in files:
+        if (real := led_out(file, directory)) is not None:
+            raise QtipError(
+                f"{file} is a link out of the model's directory, to {real}",
+                "put a copy of the file in its place if it belongs to the model, or delete the link",
+            )
+
+
 def copy_other_files(model: Path, out: Path, without: tuple[str, ...]) -> None:
     """Copy what belongs to a model besides its weights: tokenizer, chat templates, processor, generation config, licence."""
-    for file in other_files(model, without):
+    files = other_files(model, without)
+    refuse_links(files, model)
+    for file in files:
         target = out / file.relative_to(model)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
@@ -324,7 +379,9 @@ def _belongs(folder: Path) -> bool:
 def published_files(directory: Path) -> dict[str, Path]:
     """Path within a packed directory -> file, of all that belongs to the model: hidden files are this machine's own."""
     files = {file.relative_to(directory): file for file in sorted(directory.rglob("*")) if file.is_file()}
-    return {path.as_posix(): file for path, file in files.items() if not any(part.startswith(".") for part in path.parts)}
+    own = {path.as_posix(): file for path, file in files.items() if not any(part.startswith(".") for part in path.parts)}
+    refuse_links(own.values(), directory)
+    return own
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from qtipcli.stages.inspect import read_config
 from qtipcli.stages.pack import INDEX_FILE, LOCAL_FILE, NOT_COPIED, copy_other_files, read_record, write_record, written_whole
 from qtipcli.stages.progress import Silent
 from qtipcli.stages.tune_blocks import packed_layer
+from qtipcli.untrusted import read_table
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -96,7 +97,7 @@ class PackedDirectory:
                             )
                     write_shard(partial / file.name, content)
             copy_other_files(self.path, partial, NOT_COPIED)
-            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            config = read_table(self.path / "config.json", "pack or download the model again")
             fields = config["quantization_config"]
             fields["provenance"] = published({**fields.get("provenance", {}), **provenance})
             write_text_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
@@ -112,5 +113,5 @@ class PackedDirectory:
 
     def _write_card(self, partial: Path, record: Mapping[str, Any]) -> None:
         index_file = self.path / INDEX_FILE
-        index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
+        index = read_table(index_file, "pack or download the model again") if index_file.is_file() else {}
         card.write(partial, read_config(partial), record, index, card.inherited_from(self.path, Silent()))

@@ -60,6 +60,7 @@ def quantize_model(
     job = job_directory(out)
     if pack_after and not _is_packed(job, out):
         pack.refuse_occupied(out, force)
+        pack.refuse_links(pack.other_files(source.directory), source.directory)
     _calibrate(source, calibration, settings, hessians, force, watcher, processes)
     quantize.run(source, settings, hessians, job, force, watcher, processes)
     if not pack_after or not processes.is_main:
@@ -91,6 +92,7 @@ def allocate_model(
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
     if pack_after and not any(_is_packed(job, out) for job in jobs.values()):
         pack.refuse_occupied(out, force)
+        pack.refuse_links(pack.other_files(source.directory), source.directory)
     allocate.check(source, settings, allocation)
     _calibrate(source, calibration, settings, hessians, force, watcher, processes)
     try:
@@ -140,7 +142,7 @@ def _calibrate(
     there = found.settings | {"slices": calibrate.slices_of(found)} if found else {}
     settings = settings_from(CalibrationSettings, {**there, **asked})
     if found is not None:
-        is_same = settings.model_dump() == there and found.fingerprint["model"] == fingerprint_model(source.directory)
+        is_same = settings.model_dump() == there and found.fingerprint.get("model") == fingerprint_model(source.directory)
         is_whole = not force or not found.damaged()
         is_finished = is_same and is_whole and calibrate.is_complete(found, Skeleton(source))
         # The first process decides: what the others see of a shared file system may be older.

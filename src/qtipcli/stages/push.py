@@ -164,7 +164,7 @@ class _Push:
             return
         text = (file.path.read_bytes() if file.content is None else file.content).decode(errors="replace")
         self.repository.check_card(text)
-        if "/" not in str(card.front_matter(text).get("base_model", "/")):
+        if "/" not in str(_metadata(text).get("base_model", "/")):
             self.watcher.note(
                 f"base_model in {CARD_FILE} is a folder's name: put the original's hub name there, and push again"
             )
@@ -186,6 +186,14 @@ class _Push:
         for path in stale:
             self.watcher.note(f"{path} is another model's, and goes from {self.repository.name} at {self.revision}")
         return stale
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    """A card's metadata. Raises QtipError where it cannot be read."""
+    try:
+        return card.front_matter(text)
+    except ValueError as error:
+        raise QtipError(f"{CARD_FILE} cannot be read: {error}", "mend the lines between --- at its head") from error
 
 
 def _local_files(directory: Path, repository: str, revision: str | None) -> list[_LocalFile]:

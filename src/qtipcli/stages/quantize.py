@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qtipcli.config import BlockTuning, QuantizeSettings
-from qtipcli.errors import QtipError, SettingsError
+from qtipcli.errors import CorruptError, QtipError, SettingsError, first_line
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
 from qtipcli.job.interrupt import interruptible
@@ -82,7 +82,7 @@ def run(
     refuse_shared(settings, processes)
     calibration = RunDirectory.load(hessians, calibrate.STAGE)
     model = fingerprint_model(source.directory)
-    if calibration.fingerprint["model"] != model:
+    if calibration.fingerprint.get("model") != model:
         raise QtipError(f"{hessians} was calibrated on another model than {source.name}", "give the Hessians of this model")
     fingerprint = {
         "model": model,
@@ -505,11 +505,17 @@ def _packed_layers(reports: Mapping[str, Mapping[str, Any]], tensors: Mapping[st
 
 
 def layout_of(report: Mapping[str, Any]) -> PackedLayout:
-    """The layout of a layer from what the ledger keeps of it."""
-    spec = TrellisSpec(report["code"], report["bits_per_step"], report["state_bits"], report["weights_per_step"])
-    sides = (Transform.parse(report["transform"]), Transform.parse(report.get("transform_out", report["transform"])))
-    rows, columns = report["shape"]
-    return PackedLayout(columns, rows, spec, *sides, report["bias"], report.get("embedding", False))
+    """The layout of a layer from what the ledger keeps of it. Raises CorruptError where that is not what was written."""
+    try:
+        spec = TrellisSpec(report["code"], report["bits_per_step"], report["state_bits"], report["weights_per_step"])
+        sides = (Transform.parse(report["transform"]), Transform.parse(report.get("transform_out", report["transform"])))
+        rows, columns = report["shape"]
+        return PackedLayout(columns, rows, spec, *sides, report["bias"], report.get("embedding", False))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(
+            f"the ledger says of a layer what no ledger does: {first_line(error)}",
+            "give the quantize command again with another --out",
+        ) from error
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from qtipcli.errors import QtipError, SettingsError
-from qtipcli.stages.load import load_model
+from qtipcli.stages.load import load_model, load_tokenizer
 from qtipcli.stages.progress import Watcher
 
 BATCH = 8
@@ -108,7 +107,7 @@ def run(
 def _report(name: str, tasks: Sequence[str], dtype: torch.dtype | None, trust_remote_code: bool) -> dict[str, Any]:
     evaluator, _, model_class = _harness()
     model = load_model(name, dtype, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     try:
         wrapped = model_class(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
         return evaluator.simple_evaluate(model=wrapped, tasks=list(tasks), num_fewshot=0, log_samples=False)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ptx_alu import ALU, BYTE_DOTS, COUNT_OPERANDS, bits_of, compare, convert, dtype_of
-from ptx_memory import WARP, AsyncCopies, GlobalMemory, MemoryAccessError, SharedMemory, Traffic
+from ptx_memory import SHARED_LIMIT, WARP, AsyncCopies, GlobalMemory, MemoryAccessError, SharedMemory, Traffic
 from ptx_text import Op, Program, parse
 from ptx_warp import WARP_INSTRUCTIONS, DivergedError
 
@@ -63,7 +63,7 @@ def launch(
     arrays = [_as_array(a) for a in arguments if isinstance(a, (np.ndarray, torch.Tensor))]
     memory = GlobalMemory(arrays, traffic)
     values = _parameter_values(program, arguments, list(memory.addresses))
-    dynamic = 227 * 1024 - program.static_bytes if shared_bytes is None else shared_bytes
+    dynamic = SHARED_LIMIT - program.static_bytes if shared_bytes is None else shared_bytes
     sizes = (*grid, 1, 1)[:3]
     ctas = np.arange(int(np.prod(sizes)))
     at_once = max(1, BATCH_THREADS // (num_warps * WARP))

@@ -143,7 +143,8 @@ def _remainder(type_name: str, modifiers: Modifiers, a: Array, b: Array) -> Arra
 def _extreme(of_numbers: Callable, of_all: Callable) -> Callable:
     def run(type_name: str, modifiers: Modifiers, *operands: Array) -> Array:
         if not is_float(type_name):
-            return of_all(*operands)
+            found = of_all(*operands)
+            return np.maximum(found, 0) if "relu" in modifiers else found
         choose = of_all if "NaN" in modifiers else of_numbers  # a NaN loses against a number, unless .NaN is asked for
         a, b = _floats(type_name, modifiers, operands)
         return narrow(choose(a, b), type_name)

@@ -12,13 +12,13 @@ import numpy as np
 Array = np.ndarray
 
 GLOBAL_BASE = 1 << 40
-"""Address of the first global array; shared addresses, which begin at 0, and null pointers lie far below."""
+"""Address of the first global array; shared addresses and null pointers lie far below."""
 
 ALIGNMENT = 512
 """Of every global array, as torch's allocator gives it; as many bytes lie unmapped between two arrays at least."""
 
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that one CTA has at most (sm_90)."""
+SHARED_LIMIT = 228 * 1024
+"""Bytes of shared memory that one CTA has at most (sm_90), with what the system keeps of it."""
 
 WARP = 32
 

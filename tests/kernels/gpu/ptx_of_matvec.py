@@ -1,6 +1,6 @@
 """Owns the compilation of the NVIDIA product kernel to PTX, in a process that does not interpret: a text for each case.
 
-python ptx_of_matvec.py OUT sm_80:hyb-kV4-L16-V2:1 ...
+python ptx_of_matvec.py OUT sm_80:hyb-kV4-L16-V2:1 ... [:wide for the wide table]
 """
 
 import sys
@@ -22,8 +22,8 @@ def spec_of(name: str) -> TrellisSpec:
 
 def main(out: Path, cases: list[str]) -> None:
     for case in cases:
-        target, name, batch = case.split(":")
-        arguments = gpu.nvidia_arguments(spec_of(name), int(batch))
+        target, name, batch, *wide = case.split(":")
+        arguments = gpu.nvidia_arguments(spec_of(name), int(batch), bool(wide))
         described = CompileCase(
             case, gpu._nvidia_kernel, POINTERS | NUMBERS, arguments, arguments["WARPS"], divisible=tuple(POINTERS)
         )

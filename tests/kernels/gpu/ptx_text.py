@@ -9,6 +9,10 @@ import struct
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+RESERVED_BYTES = 1024
+"""What the system keeps at the start of a CTA's shared memory (CUDA C++ Programming Guide, compute capability 8.0 on): a
+kernel's first array does not lie at address 0."""
+
 TYPE = re.compile(r"^(pred|tf32|f64|f32|bf16x2|bf16|f16x2|f16|[usb](8|16|32|64))$")
 NAME = r"[%$\w.]+"
 
@@ -34,7 +38,7 @@ class Op:
 class Program:
     """A kernel. registers: name -> bits; parameters: (name, bits); shared: symbol -> address; labels: name -> place in ops.
 
-    static_bytes: shared memory that the text itself declares; the dynamic array (size []) begins behind it.
+    static_bytes: shared memory up to the end of what the text itself declares; the dynamic array (size []) begins there.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -42,7 +46,7 @@ class Program:
     registers: dict[str, int] = field(default_factory=dict)
     parameters: list[tuple[str, int]] = field(default_factory=list)
     shared: dict[str, int] = field(default_factory=dict)
-    static_bytes: int = 0
+    static_bytes: int = RESERVED_BYTES
 
 
 def type_bits(name: str) -> int:

@@ -218,7 +218,7 @@ def test_an_address_outside_of_the_arrays_is_a_fault():
         run("add.s64 %at, %in0, %off4; ld.global.b32 %r4, [%at];", WORDS[:31].copy(), WORDS)
     with pytest.raises(ptx.MemoryAccessError, match="lies in no array"):
         run("ld.global.b32 %r4, [%off4];", WORDS, WORDS)
-    with pytest.raises(ptx.MemoryAccessError, match="the CTA has 64"):
+    with pytest.raises(ptx.MemoryAccessError, match="0x440: the CTA has 1088"):
         run("st.shared.b32 [%r3], %tid;", WORDS, shared_bytes=64)
 
 
