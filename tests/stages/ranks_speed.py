@@ -2,47 +2,30 @@
 
     python -m stages.ranks_speed MODEL TEXT [--samples 192] [--context 256] [--worlds 1 2] [-- OPTIONS OF quantize]
 
-Prints wall-clock seconds of whole commands, start-up included, the CPU seconds of the busiest process, the ratios of both to
-the first number of processes, and whether the bytes were equal. The first ratio wants as many idle cores as there are
-processes; the second is that of the work, without the time that processes wait for one another, and bears other load.
+The processes are forks of one that has imported everything (stages.ranks), so only the work is counted. Prints seconds on the
+clock, the CPU seconds of the busiest process, the ratios of both to the first number of processes, and whether the bytes were
+equal. The first ratio wants as many idle cores as there are processes; the second leaves out the time that processes wait for
+one another, and bears other load on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
-from stages.ranks import free_port, launched
-from stages.tiny import environment, snapshot
+from stages.ranks import Ended, Ranks
+from stages.tiny import snapshot
 
-
-class Spent(NamedTuple):
-    """By one command: seconds on the clock, and CPU seconds of the process that worked longest."""
-
-    wall: float
-    cpu: float
+LONGEST_S = 3600.0
 
 
-def _spent(world: int, where: Path, *arguments: object) -> Spent:
-    """Of one command of qtip as `world` processes of one thread."""
-    started, port = time.monotonic(), free_port()
-    command = [sys.executable, "-m", "qtipcli", *map(str, arguments)]
-    pids = []
-    for rank in range(world):
-        surroundings = environment() | {"NUMBA_NUM_THREADS": "1"}
-        if world > 1:
-            surroundings |= launched(rank, world, port) | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
-        pids.append(subprocess.Popen(command, cwd=where, env=surroundings).pid)
-    ends = [os.wait4(pid, 0) for pid in pids]
-    if any(status for _, status, _ in ends):
-        raise SystemExit("a process failed")
-    return Spent(time.monotonic() - started, max(usage.ru_utime + usage.ru_stime for _, _, usage in ends))
+def _run(ranks: Ranks, world: int, where: Path, *arguments: object) -> Ended:
+    ended = ranks(world, where, *arguments, longest_s=LONGEST_S)
+    if any(ended.statuses):
+        raise SystemExit("\n".join(ended.err))
+    return ended
 
 
 def _bytes(where: Path) -> dict[str, str]:
@@ -61,21 +44,23 @@ def main() -> None:
     parser.add_argument("options", nargs="*")
     asked = parser.parse_args()
     text = ("--data", asked.text.absolute(), "--samples", asked.samples, "--context", asked.context)
-    found: dict[int, tuple[dict[str, Spent], dict[str, str]]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    os.environ["NUMBA_NUM_THREADS"] = "1"  # OMP_NUM_THREADS is, too, in what Ranks starts
+    found: dict[int, tuple[dict[str, Ended], dict[str, str]]] = {}
+    with tempfile.TemporaryDirectory() as scratch, Ranks(Path(scratch)) as ranks:
         for world in asked.worlds:
-            where = Path(scratch) / str(world)
-            where.mkdir()
-            model = asked.model.absolute()
-            spent = {"calibrate": _spent(world, where, "calibrate", model, "--out", "hessians", *text)}
+            where, model = Path(scratch) / f"of {world}", asked.model.absolute()
             quantize = ("quantize", model, "--hessians", "hessians", "--out", "out", "--no-pack", *text, *asked.options)
-            spent["quantize"] = _spent(world, where, *quantize)
-            found[world] = spent, _bytes(where)
+            ended = {
+                "calibrate": _run(ranks, world, where, "calibrate", model, "--out", "hessians", *text),
+                "quantize": _run(ranks, world, where, *quantize),
+            }
+            found[world] = ended, _bytes(where)
     first, oracle = found[asked.worlds[0]]
-    for world, (spent, digests) in found.items():
-        for stage, (wall, cpu) in spent.items():
-            ratios = f"ratio {first[stage].wall / wall:.2f}, of CPU {first[stage].cpu / cpu:.2f}"
-            print(f"{stage:10} {world} processes {wall:7.1f} s, busiest {cpu:7.1f} CPU s: {ratios}")
+    for world, (ended, digests) in found.items():
+        for stage, end in ended.items():
+            ratio, of_cpu = first[stage].wall_s / end.wall_s, max(first[stage].cpu_s) / max(end.cpu_s)
+            clock = f"{end.wall_s:7.1f} s, busiest {max(end.cpu_s):7.1f} CPU s"
+            print(f"{stage:10} {world} processes {clock}: ratio {ratio:.2f}, of CPU {of_cpu:.2f}")
         print(f"           {world} processes, bytes {'equal' if digests == oracle else 'DIFFERENT'}")
 
 
