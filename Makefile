@@ -4,7 +4,7 @@ BIN := .venv/bin
 REPORT ?= docs/benchmarks
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-versions test-gpu check fix docs bench
+.PHONY: setup demo test test-slow test-versions test-gpu faults check fix docs bench
 
 setup: .venv/ready
 
@@ -32,6 +32,10 @@ test-versions: setup
 # On a machine with a GPU, uninstalled: needs torch, triton, numba, pytest and transformers in PYTHON, nothing else and no network.
 test-gpu:
 	PYTHONPATH=src:kernels:tests$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu_report --out $(REPORT)
+
+# 500 accidents, each of which must end in the same bytes or in a clear refusal; half an hour on two cores. Some need root (small disks).
+faults: setup
+	PYTHONPATH=src:kernels:tests $(BIN)/python -m faults --count 500 --jobs 2 --json docs/benchmarks/faults.json
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

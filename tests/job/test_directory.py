@@ -156,6 +156,29 @@ def test_a_damaged_job_json_is_named_and_force_starts_again(tmp_path: Path) -> N
     assert do_job(tmp_path, force=True) == list(KEYS)
 
 
+def test_a_changed_digit_in_job_json_is_damage_and_not_another_job(tmp_path: Path) -> None:
+    do_job(tmp_path)
+    file = tmp_path / "job.json"
+    text = file.read_text()
+    for old, new in (('"samples": 128', '"samples": 129'), ('"stage"', '"stbge"')):
+        file.write_text(text.replace(old, new))
+        for read in (open_run, RunDirectory.load):
+            with pytest.raises(CorruptError, match=r"job\.json is damaged: it is not what was written"):
+                read(tmp_path)
+    file.write_text('{"check": "5", "id": 7}')
+    with pytest.raises(SettingsError, match="is not a qtip job's file"):
+        do_job(tmp_path, force=True)
+
+
+def test_a_job_of_an_older_version_which_wrote_no_checksum_goes_on(tmp_path: Path) -> None:
+    do_job(tmp_path)
+    file = tmp_path / "job.json"
+    job = json.loads(file.read_text())
+    del job["check"]
+    file.write_text(json.dumps(job))
+    assert do_job(tmp_path) == []
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "extended"])
 def test_a_shard_of_the_wrong_size_is_named_at_resume_and_only_it_is_done_again(damage: str, tmp_path: Path) -> None:
     do_job(tmp_path / "oracle")
@@ -175,15 +198,19 @@ def test_a_shard_of_the_wrong_size_is_named_at_resume_and_only_it_is_done_again(
 
 
 @pytest.mark.parametrize("position", [0, 3, 9, 40, 400, -1])
-def test_a_flipped_bit_is_named_when_the_shard_is_read_and_only_it_is_done_again(position: int, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_named_when_the_job_goes_on_or_the_shard_is_read_and_only_it_is_done_again(
+    position: int, tmp_path: Path
+) -> None:
     do_job(tmp_path)
-    flip(tmp_path / f"{KEYS[1]}.safetensors", position)
-    with open_run(tmp_path) as run:  # sizes are right: resuming stays cheap
+    with open_run(tmp_path) as run:
+        flip(tmp_path / f"{KEYS[1]}.safetensors", position)
         with pytest.raises(CorruptError, match=rf"{KEYS[1]}\.safetensors") as caught:
             run.read(KEYS[1])
         assert "--force" in caught.value.hint
         assert list(run.damaged()) == [KEYS[1]]
         assert run.damaged(in_full=False) == {}
+    with pytest.raises(CorruptError, match=rf"{KEYS[1]}\.safetensors"):
+        do_job(tmp_path)  # or it would say that it is done
     assert do_job(tmp_path, force=True) == [KEYS[1]]
     assert RunDirectory.load(tmp_path).damaged() == {}
 

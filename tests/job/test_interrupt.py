@@ -16,7 +16,7 @@ import pytest
 
 from job.tiny import KEYS, do_job, exit_status, fork, open_run, report_of, snapshot, tensors_of
 from qtipcli.errors import StoppedError
-from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.interrupt import checkpoint, interruptible, stopping_in_words
 
 
 @pytest.fixture
@@ -132,6 +132,30 @@ def test_nested_stages_stop_together_and_the_handlers_come_back() -> None:
     checkpoint()  # outside nothing is pending
     with interruptible():
         checkpoint()  # and a new job begins without the old request
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_error_that_native_code_makes_of_a_ctrl_c_is_put_into_words(signals: int) -> None:
+    def native() -> None:
+        try:
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(StoppedError, match="stopped by Ctrl-C; a job keeps what is finished"), stopping_in_words():
+            if signals == 1:
+                native()
+            with interruptible(notice=False):
+                native()
+        with pytest.raises(ValueError, match="of its own"), stopping_in_words():
+            raise ValueError("of its own")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_in_another_thread_it_does_nothing() -> None:

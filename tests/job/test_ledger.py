@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,29 @@ def test_damage_before_the_last_line_is_named_by_its_number_and_repaired_on_requ
         assert list(ledger.entries.values()) == [entry(0), entry(2)]
         ledger.mend()
         assert path.read_bytes() == lines[0] + lines[2]
+
+
+def test_no_flipped_bit_in_a_line_goes_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    lines = written(path).splitlines(keepends=True)
+    for position in range(len(lines[1])):
+        bad = bytearray(lines[1])
+        bad[position] ^= 1 << position % 7
+        path.write_bytes(lines[0] + bad + lines[2])
+        if position == len(lines[1]) - 1:  # two lines became one, which is the last and counts as torn: both are done again
+            assert list(Ledger(path).entries.values()) == [entry(0)]
+            continue
+        with pytest.raises(CorruptError, match="is damaged in line 2 of 3"):
+            Ledger(path)
+
+
+def test_lines_without_a_checksum_are_read_as_older_versions_wrote_them(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text("".join(encode(asdict(entry(number))) + "\n" for number in range(2)))
+    ledger = Ledger(path)
+    assert list(ledger.entries.values()) == [entry(0), entry(1)]
+    ledger.append(entry(2))
+    assert list(Ledger(path).entries) == list(ledger.entries)
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync"])

@@ -51,11 +51,11 @@ def do_job(path: Path, keys: tuple[str, ...] = KEYS, **changes: object) -> list[
 
 
 def snapshot(path: Path) -> dict[str, object]:
-    """Every file of the directory with its bytes; job.json without the time at which it was created."""
+    """Every file of the directory with its bytes; job.json without the time of its creation, and the checksum of that."""
     content: dict[str, object] = {file.name: file.read_bytes() for file in path.iterdir()}
     if "job.json" in content:
         job = json.loads(content["job.json"])
-        content["job.json"] = {name: value for name, value in job.items() if name != "created"}
+        content["job.json"] = {name: value for name, value in job.items() if name not in ("created", "check")}
     return content
 
 
@@ -72,7 +72,7 @@ def fork(work: Callable[[], object], stderr: int | None = None) -> int:
         return pid
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a test that fails leaves no process behind
+        die_with_parent()  # a test that fails leaves no process behind
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if stderr is not None:
             os.dup2(stderr, 2)
@@ -84,6 +84,11 @@ def fork(work: Callable[[], object], stderr: int | None = None) -> int:
         sys.stderr.flush()
     finally:
         os._exit(status)  # before pytest notices that there are two of it
+
+
+def die_with_parent() -> None:
+    """End this process when the one that forked it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def exit_status(pid: int) -> int:

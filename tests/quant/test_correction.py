@@ -64,3 +64,9 @@ def test_an_input_that_is_always_zero_keeps_its_weights() -> None:
     assert math.isfinite(damping)
     assert torch.isfinite(found).all()
     assert torch.equal(found[:, 5], WEIGHT[:, 5])
+
+
+def test_a_correction_that_float32_cannot_hold_is_not_done() -> None:
+    found, damping = corrected(WEIGHT, *evidence(NEW, 1e20 * MISSING))
+    assert torch.equal(found, WEIGHT)
+    assert damping == math.inf

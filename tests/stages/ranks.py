@@ -127,7 +127,7 @@ def _fork(rank: int, port: int, request: dict[str, Any], where: Path) -> int:
 
 def _serve(request: dict[str, Any]) -> Ended:
     where, ranks, port = Path(request["where"]), range(request["world"]), free_port()
-    where.mkdir(exist_ok=True)
+    where.mkdir(parents=True, exist_ok=True)
     store = _fork_store(port, request["world"])
     started = time.monotonic()
     pids = [_fork(rank, port, request, where) for rank in ranks]

@@ -1,7 +1,6 @@
 """The dry run: its oracle is what the same command then writes, and what the same functions take when they run in full."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,17 @@ import torch
 from safetensors import safe_open
 
 from qtipcli.config import QuantizeSettings
+from qtipcli.job.directory import RunDirectory
 from qtipcli.model import remote
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import memory, plan, rounding_rates
-from qtipcli.stages.dry_run import TUNING_NOT_COUNTED
+from qtipcli.stages import allocate, memory, plan, rounding_rates
 from qtipcli.stages.live_bytes import LiveBytes
 from qtipcli.stages.memory import Sizes, Text
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group, RoundingRates
 from qtipcli_kernels.spec import TrellisSpec
+from stages.short_measure import shorten, stand_in_for_hub
 from stages.tiny import FAST_OPTIONS, save_model, snapshot
 
 CPU = torch.device("cpu")
@@ -26,10 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Less time for the measurement: these tests read no time."""
-    monkeypatch.setattr(rounding_rates, "ENCODER_SECONDS", 0.0)
-    monkeypatch.setattr(rounding_rates, "SIDES", (16, 32, 48))
-    monkeypatch.setattr("qtipcli.stages.rates.BLOCK_SECONDS", 0.1)
+    shorten(monkeypatch)
 
 
 def weights_of(directory: Path) -> int:
@@ -122,36 +119,31 @@ def test_pack_to_the_byte(quantize, qtip, tiny_model, tmp_path):
     assert found["stored"]["files"] == len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
 
 
-def test_a_measured_allocation_is_refused(quantize):
-    done = quantize("--bits", "2.4", "--dry-run")
+def test_the_budget_of_a_measured_allocation_is_that_of_the_run(quantize, tmp_path):
+    """Oracle: the table that the run decides on, and what it packs."""
+    say = ("--bits", "2.4", "--windows", 1, "--out", "out")
+    found = json.loads(quantize(*say, "--dry-run", "--json").out)
+    assert not list(tmp_path.iterdir())
+    (row,) = found["tables"]["measured allocation"]
+    assert any("not counted" in note for note in found["notes"])
+    assert "measuring layers" in found["ram"]
+    assert quantize(*say).status == 0
+    table = RunDirectory.load(tmp_path / "out.allocation.job", allocate.STAGE).report(allocate.TABLE)
+    assert row["budget_bytes"] == table["budget"]
+    assert row["best uniform"] == table["uniform"]
+    assert row["its_bytes"] == table["bytes"]["uniform"]
+    assert sum(kind["bytes"] for kind in found["layers"]) == table["bytes"]["uniform"]
+
+
+def test_a_budget_that_is_too_small_is_refused(quantize):
+    done = quantize("--size", "10KB", "--dry-run")
     assert done.status == 2
-    assert "not known before it is measured" in done.err
+    assert "is too small" in done.err
 
 
-def test_a_hub_model_is_described_by_its_headers(tiny_model, tmp_path, monkeypatch):
+def test_a_hub_model_is_described_by_its_headers(tiny_model, monkeypatch):
     """Oracle: the same model in a local directory. The Hub is stood in for by that directory."""
-    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
-
-    where: list[Path] = []
-
-    def download(name, local_dir, **how):
-        where.append(Path(local_dir))
-        for file in tiny_model.iterdir():
-            if file.suffix == ".json":
-                shutil.copyfile(file, Path(local_dir) / file.name)
-
-    def metadata(name, revision=None):
-        with safe_open(tiny_model / "model.safetensors", "pt") as reader:
-            views = {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118, no mapping
-            tensors = {
-                key: TensorInfo(dtype=view.get_dtype(), shape=view.get_shape(), data_offsets=(0, 0))
-                for key, view in views.items()
-            }
-        file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
-        return SafetensorsRepoMetadata(None, False, dict.fromkeys(tensors, "model.safetensors"), {"model.safetensors": file})
-
-    monkeypatch.setattr(remote, "snapshot_download", download)
-    monkeypatch.setattr(remote, "get_safetensors_metadata", metadata)
+    where = stand_in_for_hub(monkeypatch, tiny_model)
     settings = QuantizeSettings(state_bits=8)
 
     def stored(source: ModelSource) -> plan.Stored:
@@ -210,6 +202,26 @@ def test_streams_beyond_the_limit_are_not_in_memory():
     assert large == 3 * 8192 * 4096 + 18
 
 
-def test_what_tuning_takes_is_said_not_to_be_counted(quantize):
-    plain, tuned = (json.loads(quantize("--dry-run", "--json", *more).out)["notes"] for more in ((), ("--tune-blocks",)))
-    assert set(tuned) - set(plain) == {TUNING_NOT_COUNTED}
+def test_tuning_of_blocks_is_counted(quantize):
+    """It adds its own time and phases, on top of what it is not asked for."""
+    plain, tuned = (json.loads(quantize("--dry-run", "--json", *more).out) for more in ((), ("--tune-blocks",)))
+    assert set(tuned["seconds"]) - set(plain["seconds"]) == {"tune blocks"}
+    assert tuned["seconds"]["tune blocks"] > 0
+    assert set(tuned["ram"]) - set(plain["ram"]) == {
+        "by block, in front of the blocks", "by block, the original", "by block, training"
+    }  # fmt: skip
+    assert tuned["notes"] == plain["notes"]
+
+
+def test_push_names_the_files_without_asking_anybody(qtip, own_packed, monkeypatch):
+    """Oracle: the directory's own files, all but hidden ones; the card's use names the repository, and may be longer."""
+    monkeypatch.setattr("qtipcli.stages.push.Repository.open", lambda *arguments: pytest.fail("the Hub was asked"))
+    done = qtip("push", own_packed, "me/model", "--dry-run", "--json")
+    assert done.status == 0, done.err
+    rows = {row["file"]: row["bytes"] for row in json.loads(done.out)["tables"]["files"]}
+    there = {file.name: file.stat().st_size for file in own_packed.iterdir() if not file.name.startswith(".")}
+    assert rows.keys() == there.keys()
+    assert {name: size for name, size in rows.items() if name != "README.md"} == {
+        name: size for name, size in there.items() if name != "README.md"
+    }
+    assert qtip("push", own_packed / "absent", "me/model", "--dry-run").status != 0

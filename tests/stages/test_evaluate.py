@@ -184,9 +184,9 @@ def test_json_has_the_keys_of_the_issue_and_the_protocol(windows):
 def test_chunks_of_positions_change_nothing(windows, monkeypatch):
     model, base_model = tiny_llama(1), tiny_llama(2)
     whole = evaluate.run(model, base_model, windows)
-    monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 3 * VOCABULARY)  # 11 predictions: three chunks of 3, one of 2
+    monkeypatch.setattr(evaluate, "CHUNK_LOGITS", 3 * VOCABULARY)  # 11 predictions: three chunks of 3, one of 2
     assert evaluate.run(model, base_model, windows) == whole
-    monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 1)  # less than one position: a position at a time
+    monkeypatch.setattr(evaluate, "CHUNK_LOGITS", 1)  # less than one position: a position at a time
     assert evaluate.run(model, base_model, windows) == whole
 
 

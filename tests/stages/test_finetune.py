@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from qtipcli.errors import StoppedError
 from qtipcli.job.processes import Processes
+from qtipcli.job.shared import SharedDirectory
 from qtipcli.stages import finetune
 from stages.fixtures import Outcome, Qtip
 from stages.tiny import environment, save_model, snapshot
@@ -138,6 +139,26 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tune: Qtip, tmp_path: Pa
     assert outcome.status == 0, outcome.err
     assert stopped == 7
     assert snapshot(tmp_path / "tuned") == oracle
+
+
+def test_a_kill_behind_the_result_leaves_no_saved_state(tune: Qtip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("--end-to-end", "--checkpoint-every", "3")
+    assert tune(*command, "--out", "oracle").status == 0
+    forget = SharedDirectory.forget
+
+    def stop_there(job: SharedDirectory, *keys: str) -> None:
+        if job.done("result"):
+            raise KeyboardInterrupt
+        forget(job, *keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedDirectory, "forget", stop_there)
+        assert tune(*command, "--out", "tuned").status == 130
+    assert list((tmp_path / "tuned.end.job").glob("step-*"))
+    assert tune(*command, "--out", "tuned").status == 0
+    expected, found = snapshot(tmp_path / "oracle.end.job"), snapshot(tmp_path / "tuned.end.job")
+    assert found.keys() == expected.keys()
+    assert [found[name] for name in ("loss.jsonl", "loss.png")] == [expected[name] for name in ("loss.jsonl", "loss.png")]
 
 
 def test_a_stop_between_two_saved_states_saves_its_own(tune: Qtip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

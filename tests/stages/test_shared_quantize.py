@@ -163,6 +163,15 @@ def test_machines_that_share_no_file_system_are_refused(ranks: Ranks, tmp_path: 
     assert ended.said("on a file system that all machines share") == 1, ended.err
 
 
+def test_hessians_that_only_one_machine_has_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    made = ranks(1, job / "0", "calibrate", ranks.folder / "model", "--out", "hessians", *text(ranks))
+    assert made.statuses == [0], made.err
+    ended = ranks(2, job, *quantize(ranks, "llama one-sided"), apart=True)
+    assert ended.statuses == [1, 2], ended.err
+    assert ended.said("hessians is there for the first process and not for another one") == 1, ended.err
+
+
 def test_through_torchrun_without_accelerates_variable(ranks: Ranks, one: Any, tmp_path: Path) -> None:
     """Where no GPU is, torchrun alone must not give two lone first processes, which accelerate's own default would."""
     command = ("--nproc_per_node", "2", "-m", "qtipcli", *quantize(ranks, "mixture original"))

@@ -20,13 +20,19 @@ from qtipcli.cli.serve import PASS_ON, serve
 from qtipcli.config import BlockTuning, CalibrationSettings, settings_from
 from qtipcli.errors import one_line
 from qtipcli.job import launcher
+from qtipcli.job.interrupt import stopping_in_words
 
 
 class _Group(TyperGroup):
-    """Lists the commands in the order in which they are used."""
+    """Lists the commands in the order in which they are used, and puts Ctrl-C into words."""
 
     def list_commands(self, context: Any) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, context: Any) -> Any:
+        """Here, because newer Typers turn Ctrl-C into an exit status and say nothing."""
+        with stopping_in_words():
+            return super().invoke(context)
 
 
 app = typer.Typer(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtipcli.cli.display import print_json, print_table
 
 if TYPE_CHECKING:
-    from qtipcli.config import AllocationSettings, CalibrationSettings, QuantizeSettings
+    from qtipcli.config import AllocationSettings, CalibrationSettings, FinetuneSettings, QuantizeSettings
     from qtipcli.stages.plan import LayerKind, Plan
 
 
@@ -43,20 +44,18 @@ def quantize(
     out: Path | None,
     pack_after: bool,
 ) -> None:
-    """What `qtip quantize` would do. Raises SettingsError for a measured allocation: its rates are what it measures."""
-    from qtipcli.errors import SettingsError
+    """What `qtip quantize` would do."""
     from qtipcli.model.remote import described
-    from qtipcli.stages import dry_run, pipeline
+    from qtipcli.stages import dry_allocate, dry_run, pipeline
 
-    if allocation is not None:
-        raise SettingsError(
-            "the rates of a measured allocation are not known before it is measured",
-            "leave --dry-run out, or look at the uniform rates around it: --bits 2 --dry-run",
-        )
     with described(model, revision, trust) as source:
         where = hessians or pipeline.hessians_directory(source)
         job = pipeline.job_directory(out or pipeline.output_directory(source, f"{settings.bits:g}bit"))
-        show(dry_run.of_quantize(source, calibration, settings, where, job, pack_after), as_json)
+        if allocation is None:
+            found = dry_run.of_quantize(source, calibration, settings, where, job, pack_after)
+        else:
+            found = dry_allocate.of_allocate(source, calibration, settings, allocation, where, job, pack_after)
+        show(found, as_json)
 
 
 def pack(model: str, revision: str | None, trust: bool, as_json: bool, job: Path, max_shard_size: str) -> None:
@@ -68,12 +67,81 @@ def pack(model: str, revision: str | None, trust: bool, as_json: bool, job: Path
         show(dry_run.of_pack(source, job, max_shard_size), as_json)
 
 
+def finetune(
+    directory: Path,
+    base: str | None,
+    revision: str | None,
+    trust: bool,
+    as_json: bool,
+    settings: FinetuneSettings,
+    out: Path | None,
+    memory_gib: float,
+) -> None:
+    """What `qtip finetune` would do. Raises SettingsError in one of several processes."""
+    from qtipcli.errors import SettingsError
+    from qtipcli.job import launcher
+    from qtipcli.model.remote import described
+    from qtipcli.stages import dry_finetune
+    from qtipcli.stages import finetune as stage
+
+    if launcher.world() > 1:
+        raise SettingsError("a dry run is of one process", "start it without torchrun: N processes share its windows")
+    packed = stage.packed_directory(directory)
+    target = out or packed.with_name(f"{packed.name}-tuned")
+    with described(base or stage.original_of(packed), revision, trust) as source:
+        show(dry_finetune.of_finetune(source, packed, settings, target, memory_gib), as_json)
+
+
+def evaluate(
+    models: list[str],
+    base: str | None,
+    trust: bool,
+    as_json: bool,
+    cache_gib: float | None,
+    cache: Path | None,
+    against: str | None,
+    **asked: Any,
+) -> None:
+    """What `qtip eval` would do. asked: as of dry_eval.of_eval."""
+    from qtipcli.errors import SettingsError
+    from qtipcli.hub.config import METHOD
+    from qtipcli.model.remote import described
+    from qtipcli.stages import compare, dry_eval
+    from qtipcli.stages.load import check_name
+    from qtipcli.stages.measure import Keeping
+
+    if asked["compare"]:
+        compare.checked(models, base, against)
+    elif len(models) > 1:
+        raise SettingsError(f"{len(models)} models are given and one is evaluated", "say --compare to compare them")
+    with ExitStack() as stack:
+        sources = []
+        for name in filter(None, (*models, base)):
+            check_name(name)
+            sources.append(stack.enter_context(described(name, None, trust, METHOD)))
+        original = sources.pop() if base is not None else None
+        show(dry_eval.of_eval(sources, original, keeping=Keeping(cache_gib, cache), **asked), as_json)
+
+
+def push(directory: Path, repository: str, revision: str | None, as_json: bool) -> None:
+    """What `qtip push` would send."""
+    from qtipcli.stages import dry_push
+
+    show(dry_push.of_push(directory, repository, revision), as_json)
+
+
 def show(plan: Plan, as_json: bool) -> None:
     """Print it."""
     if as_json:
         print_json(plan.as_json())
         return
-    print_table(f"what qtip {plan.command} would do with {plan.model}", [_row(kind) for kind in plan.layers])
+    title = f"what qtip {plan.command} would do with {plan.model}"
+    if plan.layers:
+        print_table(title, [_row(kind) for kind in plan.layers])
+    elif plan.tables:
+        print(title)
+    for name, rows in plan.tables.items():
+        print_table(name, rows)
     totals = plan.as_json()
     if plan.stored is not None:
         stored, files = plan.stored, f"{plan.stored.files} safetensors file{'s' if plan.stored.files > 1 else ''}"

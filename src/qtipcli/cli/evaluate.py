@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qtipcli.cli import dry_run as dry_runs
 from qtipcli.cli import options
 from qtipcli.cli.display import Display, WithError, print_json, print_table
 
@@ -64,6 +65,7 @@ def evaluate(
         str | None, typer.Option(help="With --compare: the model that all others are compared to \\[each to the row above].")
     ] = None,
     trust_remote_code: options.Trust = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a model on held-out text: perplexity with its protocol, and how far it is from the original."""
@@ -79,13 +81,34 @@ def evaluate(
     if compare:
         for option in own:
             raise SettingsError(f"--{option.replace('_', '-')} is not for a comparison", "leave --compare out")
-        found = _compare(directories, plot, as_json, contexts, against=against, cache_gib=cache_gib, **shared)
     else:
         for option in options.given(plot=plot, against=against):
             raise SettingsError(f"--{option} belongs to a comparison", "say --compare, and give several models")
+    if dry_run:
+        _dry_run(directories, as_json, contexts, cache_gib, against, compare, own, **shared)
+        return
+    if compare:
+        found = _compare(directories, plot, as_json, contexts, against=against, cache_gib=cache_gib, **shared)
+    else:
         found = _one(directories, as_json, contexts, cache_gib, own, **shared)
     if html is not None:
         page.write(found, html)
+
+
+def _dry_run(
+    directories: list[str],
+    as_json: bool,
+    contexts: list[int],
+    cache_gib: float | None,
+    against: str | None,
+    compare: bool,
+    own: dict[str, Any],
+    trust_remote_code: bool,
+    base: str | None,
+    **shared: Any,
+) -> None:
+    asked = shared | {"contexts": contexts, "compare": compare} | {name: own[name] for name in own if name != "cache"}
+    dry_runs.evaluate(directories, base, trust_remote_code, as_json, cache_gib, own.get("cache"), against, **asked)
 
 
 def _one(

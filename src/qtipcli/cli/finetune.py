@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qtipcli.cli import dry_run as dry_runs
 from qtipcli.cli import options
 from qtipcli.cli.display import Display, print_json
 from qtipcli.config import FinetuneSettings, Preset, settings_from
@@ -48,6 +49,7 @@ def finetune(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Tune a packed model's scales against its original: by block, end to end, or both. Never writes a worse model."""
@@ -60,6 +62,9 @@ def finetune(
     text = options.given(data=data, samples=samples, heldout=heldout, context=context, seed=seed)
     settings = _settings(options.preset_of(preset), text, block_wise if blocks else None, whole if end_to_end else None)
     launcher.refuse_lone()
+    if dry_run:
+        dry_runs.finetune(directory, base, revision, trust_remote_code, as_json, settings, out, memory)
+        return
 
     from qtipcli.job.processes import together
     from qtipcli.model.source import ModelSource

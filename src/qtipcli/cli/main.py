@@ -9,12 +9,10 @@ import typer
 
 from qtipcli.errors import PeerError, QtipError, storage_error
 from qtipcli.job import launcher
+from qtipcli.job.interrupt import stopped_at_once
 
 # Newer Typers carry a Click of their own; its base class of usage errors is reached through the one that Typer exports.
 UsageFailure = typer.BadParameter.__mro__[2]
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,10 +24,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    _prepare_environment()
-    from qtipcli.cli.app import app
-
     try:
+        _prepare_environment()
+        from qtipcli.cli.app import app
+
         return app(arguments, prog_name="qtip", standalone_mode=False) or 0
     except PeerError as error:
         return error.exit_code
@@ -42,8 +40,7 @@ def _run(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        print("\nqtip: stopped; a job keeps what is finished and goes on with it under the same command", file=sys.stderr)
-        return INTERRUPTED
+        return _complain(stopped_at_once())
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does. Nothing can be said to it any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qtipcli.cli import dry_run as dry_runs
 from qtipcli.cli import options
 from qtipcli.cli.display import Display, print_json
 from qtipcli.errors import SettingsError
@@ -22,9 +23,13 @@ def push(
     revision: Annotated[str | None, typer.Option(help="A branch, such as 2bit; made if absent \\[main].")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request in the place of a commit.")] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit \\[the model's bits].")] = None,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Check a packed directory and upload it to the Hub, with its card. Given again, it sends what is new or was cut off."""
+    if dry_run:
+        dry_runs.push(directory, repository, revision, as_json)
+        return
     from qtipcli.stages import push
 
     with Display() as display:

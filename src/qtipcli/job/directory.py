@@ -22,12 +22,12 @@ from typing import Any
 from torch import Tensor
 
 from qtipcli.errors import CorruptError, MismatchError, QtipError, SettingsError, StorageError, storage_error
-from qtipcli.job.files import is_temporary, remove_temporary, sync_directory, write_text_atomic
+from qtipcli.job.files import is_temporary, make_directory, remove_temporary, write_text_atomic
 from qtipcli.job.fingerprint import package_version
 from qtipcli.job.header import read_header
 from qtipcli.job.ledger import Entry, Ledger, shard_name
 from qtipcli.job.lock import Lock
-from qtipcli.job.record import differences, encode, normalized
+from qtipcli.job.record import checksum, differences, encode, normalized
 from qtipcli.job.shards import check_shard, open_shard, read_shard, write_shard
 from qtipcli.untrusted import open_regular, parse_json
 
@@ -71,8 +71,10 @@ class RunDirectory:
             settings, fingerprint: nested dicts of JSON values (tuples and one-element tensors or arrays are accepted).
             repair: drop what is damaged from the ledger, so that it is done again, instead of raising CorruptError.
             force: repair; and replace a job that differs; and work in a directory that holds other files. Only files that a
-                run directory wrote are ever deleted. A job that is the same is continued even so: its finished shards are
-                checked in full, and doing them again would give the same bytes.
+                run directory wrote are ever deleted. A job that is the same is continued even so: doing its finished shards
+                again would give the same bytes.
+
+        Every finished shard is checked to the last bit.
 
         Raises MismatchError (another stage, settings or fingerprint; each field named), BusyError, CorruptError,
         SettingsError (the directory holds files that are not a job's), StorageError.
@@ -91,7 +93,7 @@ class RunDirectory:
             run = cls(path, job, Ledger(path / _LEDGER, repair or force), lock)
             run._ledger.mend()
             _delete_strays(path, run.keys())
-            run._settle_damage(in_full=force or repair, repair=force or repair)
+            run._settle_damage(repair=force or repair)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -218,8 +220,9 @@ class RunDirectory:
                 errors[key] = error
         return errors
 
-    def _settle_damage(self, in_full: bool, repair: bool) -> None:
-        damaged = self.damaged(in_full)
+    def _settle_damage(self, repair: bool) -> None:
+        # In full, though that reads all that is finished: a job that says nothing of damage would call it done.
+        damaged = self.damaged()
         if damaged and not repair:
             first = next(iter(damaged.values()))
             more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
@@ -267,15 +270,9 @@ def _prepare(path: Path, force: bool) -> bool:
         if path.exists() and not path.is_dir():
             raise SettingsError(f"{path} is a file; a run directory was expected", "choose another path")
         _refuse_others_files(path, force)  # before anything of ours is in the directory
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.mkdir()
-        except FileExistsError:
-            return False
-        sync_directory(path.parent)
+        return make_directory(path)
     except OSError as error:
         raise storage_error(error, path) from error
-    return True
 
 
 def _refuse_others_files(path: Path, force: bool) -> None:
@@ -316,7 +313,13 @@ def _read_job(path: Path) -> dict[str, Any] | None:
         raise CorruptError(
             f"{file} is damaged: it is not JSON", "choose another directory, or --force to start again"
         ) from error
-    if not isinstance(job, dict) or not job.keys() >= _JOB_FIELDS or type(job["stage"]) is not str:
+    lacking = _JOB_FIELDS - job.keys() if isinstance(job, dict) else _JOB_FIELDS
+    check = job.pop("check", None) if len(lacking) <= 1 else None  # absent from older jobs; one name may be what is damaged
+    if check is not None and check != checksum(job):
+        raise CorruptError(
+            f"{file} is damaged: it is not what was written", "choose another directory, or --force to start again"
+        )
+    if lacking or type(job["stage"]) is not str:
         raise SettingsError(f"{file} is not a qtip job's file", "choose another directory")
     if not all(isinstance(job[part], dict) for part in ("settings", "fingerprint")):
         raise CorruptError(
@@ -356,6 +359,7 @@ def _start_job(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         _delete(path / entry.file)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     job = {"qtip": package_version("qtipcli"), "created": now, **asked}
+    job |= {"check": checksum(job)}
     write_text_atomic(path / _JOB, json.dumps(json.loads(encode(job)), indent=2) + "\n")
     return job
 

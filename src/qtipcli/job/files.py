@@ -108,6 +108,31 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(directory: Path) -> None:
+    """Make all files and names in and below `directory` survive a power cut. Raises OSError."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            descriptor = os.open(Path(folder, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(folder))
+
+
+def make_directory(path: Path) -> bool:
+    """Make `path` and its parents, each to survive a power cut; returns whether `path` was made here. Raises OSError."""
+    if path.is_dir():
+        return False
+    make_directory(path.parent)
+    try:
+        path.mkdir()
+    except FileExistsError:  # by another process, just now; or a file, and whoever wants a directory will say so
+        return False
+    sync_directory(path.parent)
+    return True
+
+
 def sha256_file(path: Path) -> str:
     """The sha256, as hex, of the file's content. Raises StorageError if it cannot be read."""
     try:

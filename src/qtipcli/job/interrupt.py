@@ -25,6 +25,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _depth = 0
 _requested: signal.Signals | None = None
 _notice = True
+_at_once = 0  # the number of the signal that ended the command where it was
 
 
 @contextlib.contextmanager
@@ -65,18 +66,58 @@ def requested() -> int:
 
 def stopped(number: int) -> StoppedError:
     """The error that says that the job has stopped because of the signal `number`."""
-    cause = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     return StoppedError(
-        f"stopped by {cause}: everything finished so far is saved",
+        f"stopped by {_cause(number)}: everything finished so far is saved",
         "give the same command again to go on",
         exit_code=128 + number,
     )
 
 
+def stopped_at_once(number: int = signal.SIGINT) -> StoppedError:
+    """The error that says that the signal `number` has ended the command where it was, and not at a safe point."""
+    fact = f"stopped by {_cause(number)}; a job keeps what is finished"
+    return StoppedError(fact, "the same command goes on with it", exit_code=128 + number)
+
+
+def _cause(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def stopping_in_words() -> Iterator[None]:
+    """Inside, a Ctrl-C that ends the command where it is becomes a StoppedError, whatever it was on its way.
+
+    It may come while native code calls back into Python, which then fails with an error of its own that says nothing of it.
+    """
+    global _at_once
+    _at_once = 0
+    in_main = threading.current_thread() is threading.main_thread()
+    is_ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, _stop_at_once)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise stopped_at_once(_at_once or signal.SIGINT) from None
+    except Exception as error:
+        if _at_once and not isinstance(error, StoppedError):
+            raise stopped_at_once(_at_once) from error
+        raise
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    global _at_once
+    _at_once = number
+    raise KeyboardInterrupt
+
+
 def _request(number: int, frame: FrameType | None) -> None:
     global _requested
     if _requested is not None:
-        raise KeyboardInterrupt
+        _stop_at_once(number, frame)
     _requested = signal.Signals(number)
     if not _notice:
         return

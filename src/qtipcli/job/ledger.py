@@ -1,7 +1,8 @@
 """Owns the ledger: one line of JSON for each finished shard, appended and synced; what has no line is not done.
 
 A crash can only tear the last line, because every line is synced before the next is begun. A torn last line was never
-acknowledged, so it is dropped; a bad line anywhere else is damage and is said to be.
+acknowledged, so it is dropped; a bad line anywhere else is damage and is said to be. Each line ends in a checksum of the rest:
+a changed digit in a report would otherwise pass for what was measured.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from qtipcli.errors import CorruptError, storage_error
 from qtipcli.job.files import sync_directory, write_all, write_text_atomic
-from qtipcli.job.record import encode, normalized
+from qtipcli.job.record import checksum, encode, normalized
 from qtipcli.untrusted import parse_json
 
 # Letters, digits, dot, dash, underscore: a key is a file name everywhere and never leaves its directory. 200 characters and
@@ -136,16 +137,19 @@ class Ledger:
         self._has_torn_end = False
 
 
-def _line(entry: Entry) -> bytes:
-    return encode(asdict(entry)).encode() + b"\n"
+def _line(entry: Entry, has_check: bool = True) -> bytes:
+    fields = asdict(entry)
+    return encode(fields | ({"check": checksum(fields)} if has_check else {})).encode() + b"\n"
 
 
 def _parse(line: bytes) -> Entry | None:
     """The entry on this line; None if the line is torn or is no entry that `_line` would have written."""
     try:
-        entry = Entry(**parse_json(line))
-        whole = entry.file == shard_name(entry.key) and _line(entry) == line
-    except (ValueError, TypeError):
+        fields = parse_json(line)
+        has_check = fields.pop("check", None) is not None  # older jobs have none
+        entry = Entry(**fields)
+        whole = entry.file == shard_name(entry.key) and _line(entry, has_check) == line
+    except (ValueError, TypeError, AttributeError):
         return None
     is_typed = type(entry.bytes) is int and type(entry.sha256) is str and type(entry.report) is dict
     return entry if whole and is_typed else None

@@ -24,12 +24,13 @@ _TEXT_START = "process "
 class Lock:
     """An exclusive lock held through the file `path`, from construction to `release`.
 
+    place: what it guards, for the message; None is the directory it lies in.
     Raises BusyError, naming the holder, if another process (or another Lock of this one) has it; StorageError if the file
     cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, place: Path | None = None) -> None:
+        self.path, self._place = path, place or path.parent
         deadline = time.monotonic() + _PATIENCE_S
         while (descriptor := self._attempt()) is None:
             if time.monotonic() > deadline:
@@ -71,7 +72,7 @@ class Lock:
         except OSError:
             holder = ""
         return BusyError(
-            f"another qtip ({holder or 'process unknown'}) works in {self.path.parent}",
+            f"another qtip ({holder or 'process unknown'}) works in {self._place}",
             "wait until it is done, stop it, or choose another directory",
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 _ABSENT = object()
+_CHECK_DIGITS = 16  # it finds accidents: one in 2^64 is missed
 _LONGEST_VALUE = 60  # characters of a value that are shown in a message
 
 
@@ -17,6 +19,11 @@ def encode(record: Any) -> str:
     Numbers of numpy and torch become Python's. Raises TypeError for anything else that JSON does not have.
     """
     return json.dumps(record, sort_keys=True, default=_plain)
+
+
+def checksum(record: Any) -> str:
+    """Tells whether a record is what was written: the start of the sha256 of its encoding, as hex."""
+    return hashlib.sha256(encode(record).encode()).hexdigest()[:_CHECK_DIGITS]
 
 
 def _plain(value: Any) -> Any:

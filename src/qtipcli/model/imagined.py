@@ -56,8 +56,9 @@ class Imagined(Skeleton):
         if kind is owner._buffers and not like.is_meta:
             return
         in_block = any(name.startswith(f"{prefix}.") for prefix, _ in self.blocks)
-        tensor = _dense(like.shape) if in_block or like.ndim < 2 else _overlapping(like.shape)
-        tensor = tensor.to(self.device, like.dtype)
+        dtype = like.dtype
+        tensor = _dense(like.shape, dtype) if in_block or like.ndim < 2 else _overlapping(like.shape, dtype)
+        tensor = tensor.to(self.device)
         kind[leaf] = nn.Parameter(tensor, requires_grad=False) if kind is owner._parameters else tensor
 
 
@@ -75,17 +76,23 @@ class _Headers:
         return tensor if row is None else tensor[row]
 
 
-def _dense(shape: torch.Size) -> Tensor:
-    """Ones for a vector; else random values that leave the size of activations as it is."""
+def _dense(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Ones for a vector; else random values, floating ones of a size that leaves that of activations as it is."""
     if len(shape) < 2:
-        return torch.ones(shape)
-    draws = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(0)) * shape[-1] ** -0.5
+        return torch.ones(shape, dtype=dtype)
     count = shape.numel()
-    return draws.repeat(-(-count // _PERIOD))[:count].view(shape)
+    return _draws(_PERIOD, shape[-1], dtype).repeat(-(-count // _PERIOD))[:count].view(shape)
 
 
-def _overlapping(shape: torch.Size) -> Tensor:
+def _overlapping(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A matrix whose rows are cut from one random vector, each one value further on: as unlike as random ones."""
-    rows = shape[:-1].numel()
-    draws = torch.randn(rows + shape[-1], generator=torch.Generator().manual_seed(0)) * shape[-1] ** -0.5
-    return draws.as_strided((rows, shape[-1]), (1, 1)) if len(shape) == 2 else draws[: shape[-1]].expand(shape)
+    draws = _draws(shape[:-1].numel() + shape[-1], shape[-1], dtype)
+    return draws.as_strided((shape[0], shape[-1]), (1, 1)) if len(shape) == 2 else draws[: shape[-1]].expand(shape)
+
+
+def _draws(count: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Random values of a matrix with rows of `width`; any whole numbers are the words of a valid walk."""
+    generator = torch.Generator().manual_seed(0)
+    if not dtype.is_floating_point:
+        return torch.randint(torch.iinfo(dtype).min, torch.iinfo(dtype).max, (count,), generator=generator, dtype=dtype)
+    return (torch.randn(count, generator=generator) * width**-0.5).to(dtype)

@@ -23,19 +23,23 @@ from qtipcli.model.source import (
 
 
 @contextmanager
-def described(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Iterator[ModelSource]:
+def described(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, accepted_method: str | None = None
+) -> Iterator[ModelSource]:
     """A local directory, or a Hub model by the headers of its weights; while inside, its small files are there.
 
-    Nothing is added to the Hub's cache. Raises what ModelSource.open raises.
+    Nothing is added to the Hub's cache. accepted_method: as of ModelSource.open, which raises the same errors.
     """
     if Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
-        yield ModelSource.open(name, revision, trust_remote_code)
+        yield ModelSource.open(name, revision, trust_remote_code, accepted_method)
         return
     with tempfile.TemporaryDirectory(prefix="qtip-dry-run-") as directory:
-        yield _of_hub(name, revision, trust_remote_code, Path(directory))
+        yield _of_hub(name, revision, trust_remote_code, accepted_method, Path(directory))
 
 
-def _of_hub(name: str, revision: str | None, trust_remote_code: bool, directory: Path) -> ModelSource:
+def _of_hub(
+    name: str, revision: str | None, trust_remote_code: bool, accepted_method: str | None, directory: Path
+) -> ModelSource:
     with hub_errors(name, revision):
         snapshot_download(
             name,
@@ -59,4 +63,4 @@ def _of_hub(name: str, revision: str | None, trust_remote_code: bool, directory:
                 hint = "start from the original model with its bf16 or fp16 weights"
                 raise QtipError(f"{name}: {tensor} is stored as {info.dtype}: the model is quantized already", hint)
             tensors[tensor] = StoredTensor(directory / file, tuple(info.shape), DTYPES[info.dtype])
-    return ModelSource.of_directory(directory, name, trust_remote_code, tensors=tensors)
+    return ModelSource.of_directory(directory, name, trust_remote_code, accepted_method, tensors)

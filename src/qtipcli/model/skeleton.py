@@ -96,7 +96,7 @@ class Skeleton:
         """Puts every parameter of block `index` back to meta."""
         for owner in self.blocks[index][1].modules():
             _make_meta(owner)
-        _give_back_freed_memory()
+        give_back_freed_memory()
 
     def materialize_outer(self, head: bool = False) -> None:
         """Loads everything outside the blocks that comes before the head: embeddings, final norm, a vision tower.
@@ -125,7 +125,7 @@ class Skeleton:
         """Puts every parameter outside the blocks back to meta."""
         for owner in self._outer_modules(self.model):
             _make_meta(owner)
-        _give_back_freed_memory()
+        give_back_freed_memory()
 
     def _outer_modules(self, root: nn.Module) -> list[nn.Module]:
         inside = {id(owner) for _, block in self.blocks for owner in block.modules()}
@@ -250,7 +250,7 @@ def _make_meta(owner: nn.Module) -> None:
             owner._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Returns freed memory to the system, where the C library needs to be told.
 
     glibc serves tensors of up to 32 MiB from its heap, which streaming fragments: for 24 blocks of 64 MiB in float32 the peak

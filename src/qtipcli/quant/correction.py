@@ -49,7 +49,9 @@ def corrected(weight_OI: torch.Tensor, seen: Evidence, heldout: Evidence) -> tup
             # The held-out loss with the step less that without it: E|m - S x|^2 - E|m|^2, times the tokens.
             change = ((step_OI @ heldout.hessian_II - 2 * heldout.missing_OI) * step_OI).sum(dtype=torch.float64)
             if float(change) < 0:
-                return (weight_OI.to(torch.float64) + _step(seen, damping).to(torch.float64)).to(torch.float32), damping
+                better_OI = (weight_OI.to(torch.float64) + _step(seen, damping).to(torch.float64)).to(torch.float32)
+                if better_OI.square().sum().isfinite():  # inputs of a huge range ask for more than float32 can be scaled by
+                    return better_OI, damping
     return weight_OI.to(torch.float32), math.inf
 
 

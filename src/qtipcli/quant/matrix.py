@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qtipcli.errors import QtipError
 from qtipcli.quant.hessian import DampedHessian, damp
 from qtipcli.quant.incoherence import random_signs, rotate_hessian, rotate_weight, rotate_weight_back
 from qtipcli.quant.ldlq import block_ldl, relative_proxy_loss, round_ldlq, round_two_sided
@@ -147,6 +148,8 @@ def _round(
     signs_O = random_signs(len(weight_OI), settings.seed, f"{name}.out").to(weight_OI.device)
     turned_PJ = rotate_weight(weight_OI, signs_O, basis.signs_I, settings.transform, settings.transform_out)
     weight_rms = rms(turned_PJ)
+    if not math.isfinite(weight_rms):
+        raise QtipError(f"{name} holds values whose squares overflow float32", "leave the layer as it is: --skip")
     scale = settings.scale if settings.scale is not None else source_scale(spec)
     if settings.search and settings.scale is None and weight_rms > 0:
         scale = search_scale(turned_PJ, basis.lower_JJ, basis.hessian_JJ, spec, lut, encode)

@@ -109,7 +109,11 @@ class Budget:
 
 def check(source: ModelSource, quantize: QuantizeSettings, settings: AllocationSettings) -> None:
     """Raise SettingsError, naming the smallest size, where nothing can fit; before anything is calibrated or measured."""
-    skeleton = Skeleton(source)
+    budget_of(Skeleton(source), quantize, settings)
+
+
+def budget_of(skeleton: Skeleton, quantize: QuantizeSettings, settings: AllocationSettings) -> Budget:
+    """What the model's layers may be given. Raises SettingsError, naming the smallest size, where nothing can fit."""
     layers = {
         f"{prefix}.{name}": Layer(linear.out_features, linear.in_features, linear.bias is not None)
         for prefix, block in skeleton.blocks
@@ -118,6 +122,7 @@ def check(source: ModelSource, quantize: QuantizeSettings, settings: AllocationS
     budget = Budget.of(skeleton, layers, quantize, settings)
     nothing = dict.fromkeys(layers, dict.fromkeys(map(spec_name, budget.specs), 0.0))
     allocate(budget.choices(nothing), budget.limit, budget.fixed_bytes)
+    return budget
 
 
 def decide(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qtipcli.data.windows import Windows
 from qtipcli.errors import QtipError
@@ -95,12 +96,17 @@ def open_skeleton(name: str, dtype: torch.dtype | None = None, trust_remote_code
     Raises QtipError where it is quantized by another method, and what ModelSource.open and Skeleton raise.
     """
     source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
-    device, chosen = default_device(), computing_dtype(source.config, dtype)
+    return Skeleton(source, computing_dtype(source.config, dtype), default_device(), packed_modules_of(source))
+
+
+def packed_modules_of(source: ModelSource) -> Callable[[PreTrainedModel], None] | None:
+    """What puts the packed modules of a packed model into its skeleton, for Skeleton's `prepare`; None of a plain model."""
     fields = read_table(source.directory / CONFIG_FILE, AGAIN)
     if fields.get("quantization_config") is None or dequantized.is_one(fields):
-        return Skeleton(source, chosen, device)
+        return None
     quantizer = QtipHfQuantizer(read_config(source.directory))
-    return Skeleton(source, chosen, device, lambda model: quantizer.place_modules(model, source.shards))
+    files = source.shards if all(shard.is_file() for shard in source.shards) else None
+    return lambda model: quantizer.place_modules(model, files)
 
 
 def must_stream(
@@ -131,6 +137,11 @@ def must_stream(
 def weight_bytes(name: str, dtype: torch.dtype | None, trust_remote_code: bool, device: torch.device) -> int:
     """What the model's weights take in memory in load_model's dtype, from headers alone; raises as ModelSource.open does."""
     source = ModelSource.open(name, trust_remote_code=trust_remote_code, accepted_method=METHOD)
+    return loaded_bytes(source, dtype, device)
+
+
+def loaded_bytes(source: ModelSource, dtype: torch.dtype | None, device: torch.device) -> int:
+    """What the weights of an opened model take in memory in load_model's dtype."""
     chosen = dtype or (None if device.type == "cuda" else torch.float32)
     packed = {key.removesuffix("trellis") for key in source.tensor_names if key.endswith(".trellis")}
     total = 0
@@ -140,3 +151,10 @@ def weight_bytes(name: str, dtype: torch.dtype | None, trust_remote_code: bool, 
         kept = stored if is_packed or chosen is None or not stored.is_floating_point else chosen
         total += torch.Size(source.shape(key)).numel() * kept.itemsize
     return total
+
+
+def converted_bytes(source: ModelSource, dtype: torch.dtype) -> int:
+    """Bytes on disk of the tensors whose dtype changes when the model is loaded: they stay mapped beside their copies."""
+    packed = tuple(key.removesuffix("trellis") for key in source.tensor_names if key.endswith(".trellis"))
+    changed = [key for key in source.tensor_names if source.dtype(key) != dtype and not key.startswith(packed)]
+    return sum(torch.Size(source.shape(key)).numel() * source.dtype(key).itemsize for key in changed)

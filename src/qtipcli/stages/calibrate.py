@@ -65,12 +65,16 @@ def load_tokenizer(source: ModelSource) -> Any:
 def load_windows(source: ModelSource, settings: CalibrationSettings) -> Windows:
     """The calibration windows that `settings` choose for this model."""
     tokenizer = load_tokenizer(source)
-    longest = model_context(source)
-    context = settings.context or min(LONGEST_DEFAULT_CONTEXT, longest or LONGEST_DEFAULT_CONTEXT)
+    longest, context = model_context(source), context_of(source, settings.context)
     if longest and context > longest:
         raise QtipError(f"--context {context} is more than the {longest} positions of {source.name}", f"use at most {longest}")
     documents = load_documents(settings.data or CALIBRATION_DATA, tokenizer)
     return calibration_windows(tokenizer, documents, settings.samples, context, settings.seed)
+
+
+def context_of(source: ModelSource, asked: int | None) -> int:
+    """Tokens in a window: those asked for, or the model's own up to LONGEST_DEFAULT_CONTEXT."""
+    return asked or min(LONGEST_DEFAULT_CONTEXT, model_context(source) or LONGEST_DEFAULT_CONTEXT)
 
 
 def model_context(source: ModelSource) -> int | None:

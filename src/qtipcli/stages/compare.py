@@ -93,7 +93,7 @@ def run(
     tokenizer is not the base's, and what evaluating a model raises.
     """
     watcher = watcher or Silent()
-    base, against = _checked(models, base, against)
+    base, against = checked(models, base, against)
     chosen = measure.chosen_dtype(dtype)
     if cache_gib is not None and not 0 <= cache_gib < inf:
         raise SettingsError(f"a cache of {cache_gib:g} GiB cannot be", "0 keeps nothing, 16 is the default")
@@ -133,8 +133,11 @@ def _original(base: str, first: _Measured) -> dict[str, Any]:
     }
 
 
-def _checked(models: Sequence[str], base: str | None, against: str | None) -> tuple[str, str | None]:
-    """(the base, the model to compare to as `models` has it), after everything that can be refused without a model."""
+def checked(models: Sequence[str], base: str | None, against: str | None) -> tuple[str, str | None]:
+    """(the base, the model to compare to as `models` has it), after everything that can be refused without a model.
+
+    Raises SettingsError, and QtipError where a name is none.
+    """
     if len(models) < 2:
         raise SettingsError("one model cannot be compared", "give several directories, or leave --compare out")
     if base is None:

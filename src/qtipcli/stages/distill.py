@@ -94,7 +94,7 @@ class Student:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter is weight and (dtype := packed.dtype(name)) is not None and weight.numel():
                 return {name: dtype}
-        raise QtipError(f"the head of {packed.path} is no plain matrix", "leave --head-rate out")
+        raise no_plain_head(packed)
 
     def divergence(self, rows: Tensor, teacher_logits: Tensor, autocast: bool = False) -> Tensor:
         """KL(original || quantized) in nats, summed over the predictions that count: all but the last of each row."""
@@ -102,9 +102,19 @@ class Student:
         kind = self.model.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=autocast):
             logits = self.model(input_ids=rows, use_cache=False).logits
-        log_q = torch.log_softmax(logits[:, :-1].float(), -1)
-        log_p = torch.log_softmax(teacher_logits[:, :-1].to(log_q.device).float(), -1)
-        return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return divergence(logits, teacher_logits)
+
+
+def no_plain_head(packed: PackedDirectory) -> QtipError:
+    """What is wrong where the head is to be trained and is packed."""
+    return QtipError(f"the head of {packed.path} is no plain matrix", "leave --head-rate out")
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(original || quantized) in nats, summed over all predictions but the last of each row; both [rows, context, V]."""
+    log_q = torch.log_softmax(logits[:, :-1].float(), -1)
+    log_p = torch.log_softmax(teacher_logits[:, :-1].to(log_q.device).float(), -1)
+    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def heldout_divergence(student: Student, teacher: Teacher, share: Share, processes: Processes = ALONE) -> float:
@@ -116,6 +126,11 @@ def heldout_divergence(student: Student, teacher: Teacher, share: Share, process
             count += _predictions(*share.pieces[index].shape)
     total, count = processes.sum_numbers(total, count)
     return total / count
+
+
+def saved_states(job: RunDirectory) -> list[str]:
+    """The shards that hold a run on its way; of no use any more when the result is there."""
+    return [key for key in job.keys() if key.startswith("step-")]  # noqa: SIM118, no mapping
 
 
 def _predictions(rows: int, context: int) -> int:
@@ -162,9 +177,8 @@ class Distiller:
             self._save_if_due()
         step, after = min(self.judged, key=lambda each: each[1])
         report = {"before": self.judged[0][1], "after": after, "step": step}
+        self._draw()  # before the result: who is killed in between draws again
         self.job.commit(RESULT, self.descent.best, report)
-        self._forget_saved()
-        self._draw()
         return report
 
     def _chosen(self, step: int) -> int:
@@ -186,9 +200,6 @@ class Distiller:
         loss = self.descent.judge(lambda: heldout_divergence(self.student, self.teacher, self.share, self.processes))
         self.judged.append((self.descent.step, loss))
 
-    def _saved(self) -> list[str]:
-        return [key for key in self.job.keys() if key.startswith("step-")]  # noqa: SIM118, no mapping
-
     def _save_if_due(self) -> None:
         """A safe point is where the state is on disk; when the user has asked to stop, that is made so first."""
         due = self.descent.step % self.settings.checkpoint_every == 0
@@ -208,22 +219,18 @@ class Distiller:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "judged": torch.tensor(self.judged, dtype=torch.float64).reshape(-1, 2),
         }
-        before = self._saved()
+        before = saved_states(self.job)
         self.job.commit(key, self.descent.state() | history)
         if before:
             self.job.forget(*before)
         self._draw()
 
     def _resume(self) -> None:
-        if saved := self._saved():
+        if saved := saved_states(self.job):
             tensors = self.job.read(saved[-1])
             self.descent.restore(tensors)
             self.losses = tensors["losses"].tolist()
             self.judged = [(int(step), loss) for step, loss in tensors["judged"].tolist()]
-
-    def _forget_saved(self) -> None:
-        if saved := self._saved():
-            self.job.forget(*saved)
 
     def _draw(self) -> None:
         if self.processes.is_main:

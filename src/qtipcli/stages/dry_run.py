@@ -11,35 +11,32 @@ from typing import Any
 import torch
 
 from qtipcli import config
-from qtipcli.config import CalibrationSettings, QuantizeSettings, settings_from
+from qtipcli.config import BlockTuning, CalibrationSettings, QuantizeSettings, settings_from
 from qtipcli.data.text import CALIBRATION_DATA, load_documents
 from qtipcli.errors import QtipError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.linears import InputGroup, find_linears
-from qtipcli.model.places import signature
 from qtipcli.model.source import ModelSource
 from qtipcli.nn.layout import PackedLayout
-from qtipcli.stages import calibrate, memory, outer, plan, quantize, rates, rounding_rates
-from qtipcli.stages.calibrate import LONGEST_DEFAULT_CONTEXT, TOKENS, block_key, load_tokenizer, model_context
+from qtipcli.stages import calibrate, forward_rates, memory, outer, plan, quantize, rates, rounding_rates, tuning_rates
+from qtipcli.stages.calibrate import TOKENS, block_key, load_tokenizer
 from qtipcli.stages.load import default_device
-from qtipcli.stages.memory import FLOAT, Sizes, Text
-from qtipcli.stages.own_process import age_seconds, resident_bytes
-from qtipcli.stages.plan import LayerKind, Plan
+from qtipcli.stages.memory import EARLY, FLOAT, Sizes, Text
+from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes, settled_bytes
+from qtipcli.stages.plan import TEXT, WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli.stages.slices import DEFAULT_SLICES
+from qtipcli.stages.tune_blocks import MICRO_TOKENS
+from qtipcli.stages.tuning_rates import TUNING_SECONDS, TuningText
+from qtipcli.tune.descent import largest_divisor
 from qtipcli_kernels.spec import TrellisSpec
 
 GROUPING_TOKENS = 16
 """Tokens of the pass that finds which layers share an input."""
 
-WRITE_BYTES_PER_S = 200e6
-"""At which a packed directory is written, read again and its checksums made: not measured, since nothing is written."""
-
 NOT_COUNTED = "config.json, qtip.json and README.md are not counted: their size depends on figures that only a run gives"
-
-TUNING_NOT_COUNTED = "tuning each block is not counted: it takes more memory and time than is said here"
 
 
 def of_calibrate(
@@ -86,7 +83,7 @@ def of_quantize(
         phases["pack"] = stored.weights // stored.files + job.sizes.read
         seconds["pack"] = 2 * stored.weights / WRITE_BYTES_PER_S
         disk["packed directory"] = stored.weights + stored.index + stored.copied
-    job.notes += [NOT_COUNTED] if settings.tune_blocks is None else [NOT_COUNTED, TUNING_NOT_COUNTED]
+    job.notes.append(NOT_COUNTED)
     return Plan(
         command="quantize",
         model=source.name,
@@ -155,9 +152,10 @@ class _Job:
         self.packed = packed
         self.done = _done_blocks(directory)
         self.is_calibrated, self.text, tokens = self._text(calibration, hessians)
+        self.reading = peak_bytes()
         skeleton = Imagined(source, device=self.device)
         self.notes += skeleton.notes
-        self.sizes = _sizes(skeleton)
+        self.sizes = sizes_of(skeleton)
         self.start = age_seconds()
         self._measure(skeleton, tokens)
 
@@ -180,25 +178,23 @@ class _Job:
             tokens = calibrate.load_windows(self.source, settings).tokens
             return False, Text(*tokens.shape, settings.slices or DEFAULT_SLICES), tokens
         self.notes.append(f"{data} is not read: {settings.samples} windows of it are taken to be there")
-        context = settings.context or min(LONGEST_DEFAULT_CONTEXT, model_context(self.source) or LONGEST_DEFAULT_CONTEXT)
+        context = calibrate.context_of(self.source, settings.context)
         text = Text(settings.samples, context, settings.slices or DEFAULT_SLICES)
         tokens = torch.randint(len(tokenizer), (min(settings.samples, text.batch // context), context))
         return False, text, tokens
 
     def _measure(self, skeleton: Imagined, tokens: torch.Tensor) -> None:
         """Run one block of each kind, and the rounding."""
-        alike: dict[Any, list[int]] = {}
-        for index, (_, block) in enumerate(skeleton.blocks):
-            shapes = tuple(parameter.shape for parameter in block.parameters())
-            alike.setdefault((signature(block), shapes), []).append(index)
+        alike = rates.alike(skeleton)
         rows = tokens[: max(1, self.text.batch // self.text.context)]
         prefix = self.settings.quantized_prefix and self.packed is not None
         self.kinds = []
-        for indices in alike.values():
+        for indices in alike:
             groups = tuple(rates.find_groups(skeleton, indices[0], rows[:1, :GROUPING_TOKENS]))
             share = len(alike)
             passes = rates.measure_passes(skeleton, indices[0], groups, rows, self.settings.two_sided, prefix, share)
-            self.kinds.append(_Kind(tuple(indices), groups, passes))
+            self.kinds.append(_Kind(indices, groups, passes))
+        self.early = settled_bytes()
         self.names = [name for name, _ in skeleton.blocks]
         self.linears = {
             f"{name}.{layer}": (linear.out_features, linear.in_features)
@@ -211,13 +207,25 @@ class _Job:
             for outputs in {shape[0] for shape in self.linears.values()}:
                 self.output_bytes[outputs] = rounding_rates.output_side_bytes(outputs, self.device)
                 self.output_seconds[outputs] = rounding_rates.output_side_seconds(outputs, self.device)
+        if self.settings.tune_blocks is not None and self.packed is not None:
+            self._measure_tuning(skeleton, self.settings.tune_blocks)
         self.encoders: dict[TrellisSpec, float] = {}
         self.rounding = None
         if self.packed is not None:
             for spec in {layout.spec for layout in self.packed.values()}:
                 self.encoders[spec] = rounding_rates.encoder_rate(spec, self.settings.fast, self.device)
             self.rounding = rounding_rates.rounding_rates(self.settings, self.device)
-        self.resident = resident_bytes()
+        self.resident = settled_bytes()
+
+    def _measure_tuning(self, skeleton: Imagined, settings: BlockTuning) -> None:
+        """Train one block of each kind, on as many tokens at once as the stage does."""
+        assert self.packed is not None, "only a job that quantizes tunes"
+        heldout = quantize.heldout_of(self.text.rows)
+        piece = largest_divisor(settings.batch, MICRO_TOKENS // self.text.context)
+        self.tuned = TuningText(self.text.rows - heldout, heldout, self.text.context, settings.epochs, settings.batch, piece)
+        inside = {name: layout for name, layout in self.packed.items() if name in self.linears}
+        self.tuning = tuning_rates.measure_tuning(skeleton, inside, settings, piece, self.text.context)
+        self.forward = forward_rates.measure_forward(skeleton, piece, self.text.context, TUNING_SECONDS / 3)
 
     def _groups(self, kind: _Kind, index: int, packed_only: bool = False) -> list[tuple[Group, list[str]]]:
         """The groups of block `index` with the full names of their layers."""
@@ -248,6 +256,11 @@ class _Job:
         ]
         shapes = [group for group, _ in groups]
         found = memory.quantize_phases(self.sizes, self.text, kind.passes, shapes, needed, self.settings.quantized_prefix)
+        if self.settings.tune_blocks is not None:
+            kept = memory.kept_of(self.text, self.sizes, kind.passes) if self.settings.quantized_prefix else 0
+            masters = tuning_rates.masters_bytes(self._packed_in(kind.indices[0]))
+            tuning = memory.block_tuning_phases(self.sizes, self.tuned, self.tuning, self.forward.peak, masters)
+            found |= {phase: size + kept for phase, size in tuning.items()}
         plain = self.settings.model_copy(update={"quantized_prefix": False, "two_sided": False})
         for name, layout in self._outside().items():
             group = Group((layout.out_features,), layout.in_features)
@@ -281,7 +294,12 @@ class _Job:
             total += self.rounding.seconds(group, self.encoders[layout.spec])
         if self.done:
             self.notes.append(f"{len(self.done)} blocks are rounded already and taken off the time")
-        return {"quantize": total}
+        found = {"quantize": total}
+        if self.settings.tune_blocks is not None:
+            share = 1 - len(self.done) / len(self.names)
+            each = self.forward.block / (self.tuned.piece * self.tuned.context)
+            found["tune blocks"] = share * tuning_rates.block_tuning_seconds(self.tuned, self.tuning, each)
+        return found
 
     def start_seconds(self) -> dict[str, float]:
         """Imports, and the text."""
@@ -321,22 +339,27 @@ class _Job:
         """{"ram", "vram"}: on a GPU everything but the process itself and what waits between blocks is there."""
         with_reading = {phase: size + self.sizes.read for phase, size in phases.items()}
         if self.device.type == "cpu":
-            return {"ram": {phase: self.resident + size for phase, size in with_reading.items()}, "vram": {}}
+            ram = {phase: size + (self.early if phase in EARLY else self.resident) for phase, size in with_reading.items()}
+            return {"ram": {TEXT: self.reading} | ram, "vram": {}}
         waiting = self.text.tokens * (2 * self.sizes.token + int(self._largest().passes.kept_bytes))
         self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")
         ram = {phase: self.resident + min(size, waiting) for phase, size in with_reading.items()}
-        return {"ram": ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}
+        return {"ram": {TEXT: self.reading} | ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}
 
     def _spec(self, names: Sequence[str]) -> TrellisSpec:
         """The trellis of a group; where its layers have several, the one that takes longest."""
         assert self.packed is not None, "asked of jobs that quantize"
         return min((self.packed[name].spec for name in names), key=lambda spec: self.encoders[spec])
 
+    def _packed_in(self, index: int) -> list[PackedLayout]:
+        return [layout for name, layout in (self.packed or {}).items() if name.startswith(f"{self.names[index]}.")]
+
     def _outside(self) -> dict[str, PackedLayout]:
         return {name: layout for name, layout in (self.packed or {}).items() if name not in self.linears}
 
 
-def _sizes(skeleton: Imagined) -> Sizes:
+def sizes_of(skeleton: Imagined) -> Sizes:
+    """What of the model decides about memory."""
     model = skeleton.model
     sizes = {name: FLOAT * parameter.numel() for name, parameter in model.named_parameters()}
     head_module, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -27,8 +27,8 @@ from qtipcli.stages.histogram import Histogram, histogram_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Logits converted to float64 at a time: 16 MB an array, whatever the vocabulary and the context.
-_CHUNK_LOGITS = 2**21
+CHUNK_LOGITS = 2**17
+"""Logits converted to float64 at a time: 1 MB an array, which stays in a core's cache and leaves no holes in the heap."""
 
 IN_MEMORY, BLOCK_BY_BLOCK = "whole model in memory", "block by block"
 """How the evaluated model was run."""
@@ -215,6 +215,7 @@ def predict(
         logits_PV = own.logits(index)
         base_PV, noise_PV = (None if other is None else other.logits(index).to(logits_PV.device) for other in (base, noise))
         values = _compare(row_T[1:].to(logits_PV.device), logits_PV, base_PV, noise_PV)
+        del logits_PV, base_PV, noise_PV  # before the next window's are made
         _check_finite(values, f"window {index + 1} of {windows.rows}")
         measured.append(values)
         if progress is not None:
@@ -276,7 +277,7 @@ def _compare(
                 "give as --base the model that was quantized",
             )
     columns: dict[str, list[torch.Tensor]] = {}
-    step = max(1, _CHUNK_LOGITS // logits_PV.shape[-1])
+    step = max(1, CHUNK_LOGITS // logits_PV.shape[-1])
     for start in range(0, len(logits_PV), step):
         chunk = slice(start, start + step)
         following = following_P[chunk, None]

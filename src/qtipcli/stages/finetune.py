@@ -23,7 +23,7 @@ from qtipcli.job.record import normalized
 from qtipcli.job.shared import SharedDirectory
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import calibrate, distill, pack, quantize
+from qtipcli.stages import calibrate, distill, pack, quantize, whole
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.load import default_device
 from qtipcli.stages.packed import PackedDirectory
@@ -57,16 +57,17 @@ def run(
     Raises SettingsError where there is nothing to do or `out` is taken, QtipError where `packed` is of another model.
     """
     watcher = watcher or Silent()
-    _refuse(settings, packed, out)
+    refuse(settings, packed, out)
     run_ = _Run(source, packed, settings, out, force, watcher, memory_gib, processes)
-    if not run_.is_written():
-        pack.refuse_occupied(out, force)
+    if force or not run_.is_written():
+        whole.refuse_occupied(out, force)
         pack.refuse_links(pack.other_files(packed), packed)
     with interruptible(notice=processes.is_main):
         return run_.run()
 
 
-def _refuse(settings: FinetuneSettings, packed: Path, out: Path) -> None:
+def refuse(settings: FinetuneSettings, packed: Path, out: Path) -> None:
+    """Raise SettingsError where there is nothing to do or `out` cannot be."""
     if settings.blocks is None and settings.end_to_end is None:
         raise SettingsError("neither kind of tuning was asked for", "say --blocks, --end-to-end or both")
     pack.refuse_surroundings(out)
@@ -92,7 +93,7 @@ class _Run:
         self.memory_gib, self.processes = memory_gib, processes
         self.packed = PackedDirectory(packed)
         with processes.main_first():
-            self.windows = _windows(source, settings, watcher)
+            self.windows = load_windows(source, settings, watcher)
         self.fingerprint = {
             "model": fingerprint_model(source.directory),
             "packed": fingerprint_model(packed),
@@ -107,8 +108,7 @@ class _Run:
 
     def _heldout(self) -> int:
         """Held-out windows: those asked for, or a fifth of a text that is too short."""
-        rows = self.windows.rows
-        return self.settings.heldout if rows > 2 * self.settings.heldout else max(1, rows // 5)
+        return heldout_of(self.windows.rows, self.settings)
 
     def _refuse_idle(self) -> None:
         """Raise SettingsError where a process would have nothing to do, and say where one will wait for others."""
@@ -144,18 +144,23 @@ class _Run:
         after = report["end_to_end"]["after"] if "end_to_end" in report else min(before, report["blocks"]["after"])
         figures = {"heldout_before": before, "heldout_after": after}
         if after < before:
-            if not self.processes.is_main:
-                pass
-            elif self.is_written() and not self.force:
-                self.watcher.note(f"{self.out} is complete already: nothing was done")
-            else:
-                provenance = {"finetune": self.frozen | figures}
-                self.packed.write_changed(self.out, changed, provenance, self.record() | {"finetune_report": report})
+            if self.processes.is_main:
+                with whole.only_writer(self.out):
+                    self._write(changed, figures, self.record() | {"finetune_report": report})
             return {"directory": str(self.out), "written": True, **figures, **report}
         self.watcher.note(
             f"nothing was written: on held-out text the tuned model is no better than {self.packed.path} ({before:.5g} nats)"
         )
         return {"directory": str(self.packed.path), "written": False, **figures, **report}
+
+    def _write(self, changed: dict[str, Tensor], figures: dict[str, float], record: dict[str, Any]) -> None:
+        """Write the result unless it is there; then it is checked. Raises CorruptError, SettingsError."""
+        if not self.force and self.is_written():
+            self.packed.check_changed(self.out, record)
+            self.watcher.note(f"{self.out} is complete already: nothing was done")
+            return
+        whole.refuse_occupied(self.out, self.force)  # again: another process may have written meanwhile
+        self.packed.write_changed(self.out, changed, {"finetune": self.frozen | figures}, record)
 
     # ---- block after block -------------------------------------------------------------------------------------------------
 
@@ -223,6 +228,8 @@ class _Run:
         with self._open("end", END_STAGE, frozen, fingerprint) as job:
             if not job.done(distill.RESULT):
                 self._distill(settings, changed, job)
+            if saved := distill.saved_states(job):  # also those of a run that was killed behind its result
+                job.forget(*saved)
             return job.report(distill.RESULT), job.read(distill.RESULT)
 
     def _distill(self, settings: EndTuning, changed: dict[str, Tensor], job: RunDirectory) -> None:
@@ -255,6 +262,11 @@ class _Run:
         return self.out.with_name(f"{self.out.name}.{kind}.job")
 
 
+def heldout_of(rows: int, settings: FinetuneSettings) -> int:
+    """Held-out windows of `rows`."""
+    return settings.heldout if rows > 2 * settings.heldout else max(1, rows // 5)
+
+
 def original_of(packed: Path) -> str:
     """Where the original model lies, or its name, as a packed directory knows it. Raises QtipError where it says nothing."""
     if (local := pack.local_original(packed)) is not None:
@@ -265,7 +277,8 @@ def original_of(packed: Path) -> str:
     return name
 
 
-def _windows(source: ModelSource, settings: FinetuneSettings, watcher: Watcher) -> Windows:
+def load_windows(source: ModelSource, settings: FinetuneSettings, watcher: Watcher) -> Windows:
+    """Training and held-out windows. Raises QtipError where there is one window, and what calibrate.load_windows raises."""
     asked = settings.samples + settings.heldout
     wanted = CalibrationSettings(data=settings.data, samples=asked, context=settings.context, seed=settings.seed)
     windows = calibrate.load_windows(source, wanted)

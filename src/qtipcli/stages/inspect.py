@@ -10,13 +10,11 @@ import torch
 from qtipcli.errors import CorruptError, QtipError
 from qtipcli.hub.config import METHOD, QtipConfig
 from qtipcli.hub.tensors import check_tensors
-from qtipcli.job.files import sha256_file
 from qtipcli.job.shards import open_shard
 from qtipcli.model.source import index_weight_map
-from qtipcli.stages.pack import INDEX_FILE, RECORD_FILE, read_record
-from qtipcli.untrusted import is_inside, read_table
-
-REMEDY = "quantize or pack it again with --force, or download it again"
+from qtipcli.stages.pack import read_record
+from qtipcli.stages.whole import INDEX_FILE, REMEDY, check_files
+from qtipcli.untrusted import read_table
 
 
 def run(directory: Path) -> dict[str, Any]:
@@ -30,18 +28,7 @@ def run(directory: Path) -> dict[str, Any]:
     if not (directory / INDEX_FILE).is_file():
         raise QtipError(f"{directory} is unfinished: it has no {INDEX_FILE}", "pack it again, or finish the download")
     record = read_record(directory) or {}
-    for name, expected in record.get("sha256", {}).items():
-        if not is_inside(name):
-            raise CorruptError(
-                f"{RECORD_FILE} names a file outside the model directory: {name}", "do not use this model's files"
-            )
-        if not (directory / name).is_file():
-            raise CorruptError(f"{directory / name} is missing", REMEDY)
-        if sha256_file(directory / name) != expected:
-            raise CorruptError(
-                f"{directory / name} is damaged: its sha256 is not the one recorded",
-                REMEDY,
-            )
+    check_files(directory, record.get("sha256", {}))
     index = read_table(directory / INDEX_FILE, REMEDY)
     files = sorted({directory / name for name in index_weight_map(directory / INDEX_FILE).values()})
     layouts = config.layouts()

@@ -125,9 +125,7 @@ def run_all(
     chosen = chosen_dtype(dtype)
     for name in filter(None, (directory, base)):
         check_name(name)
-    if base is None and (noise_floor or keeping != Keeping()):
-        what = "a noise floor needs" if noise_floor else "the original's logits cannot be kept without"
-        raise SettingsError(f"{what} the original model", "give --base MODEL")
+    refuse_without_original(base is not None, noise_floor, keeping)
     if tasks:
         zero_shot.check(tasks, stream)
     asked = _Asked(directory, base, chosen, trust_remote_code, noise_floor, keeping, watcher)
@@ -135,6 +133,13 @@ def run_all(
     results = asked.figures(_all_windows(directory, data, contexts, windows, trust_remote_code, watcher))
     scores = zero_shot.run(directory, base, tasks, chosen, trust_remote_code, watcher) if tasks else ()
     return Evaluation(directory, base, results, tuple(scores))
+
+
+def refuse_without_original(has_original: bool, noise_floor: bool, keeping: Keeping) -> None:
+    """Raise SettingsError where something is asked for that needs the original, and it is not given."""
+    if not has_original and (noise_floor or keeping != Keeping()):
+        what = "a noise floor needs" if noise_floor else "the original's logits cannot be kept without"
+        raise SettingsError(f"{what} the original model", "give --base MODEL")
 
 
 @dataclass

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from qtipcli.stages.backward import LEAST_BATCHES, MICRO_TOKENS, MOST_TOKENS
 from qtipcli.stages.calibrate import BATCH_TOKENS
+from qtipcli.stages.forward_rates import HEAP_TENSOR
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
+from qtipcli.stages.tuning_rates import Head, Tuning, TuningText
 
 FLOAT = 4
 """Bytes of a value in memory: everything is computed in float32."""
@@ -25,11 +27,15 @@ LOGIT_COPIES = 3
 """The logits of a batch, their probabilities, and those cumulated."""
 
 
-HEAP_TENSOR = 32 << 20
-"""Below this size the C library may serve a tensor from its heap (M_MMAP_THRESHOLD in mallopt(3))."""
-
 HEAP_COPIES = 2
 """What is kept in the heap among tensors that come and go leaves as much between itself: measured, docs/memory.md."""
+
+
+EARLY = ("calibrate, in front of the blocks", "calibrate, inputs of a block", "output side, predictions")
+"""Phases in front of the first that loads the compiled kernels, a hundred megabytes."""
+
+HEAP_WASTE = 1.4
+"""What waits for the way back in the heap takes over its own size: 1.3 and 1.5 were measured on the two smallest models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +89,21 @@ class Text:
         return max(1, min(MICRO_TOKENS // self.context, self.rows_back // LEAST_BATCHES)) * self.context
 
 
-def held(size: int, at_once: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Student:
+    """The packed model, whole. loaded: bytes, with what of its files stays mapped. decoded: of its layers as they are trained;
+    0 where they are decoded in every product. vocabulary: logits of a token. gib: activations beyond it are in a file.
+    """
+
+    loaded: int
+    decoded: int
+    vocabulary: int
+    gib: float
+
+
+def held(size: int, at_once: int, gib: float = DEFAULT_MEMORY_GIB) -> int:
     """Bytes in memory of activations of `size` bytes, `at_once` of them worked on: beyond the limit they are in a file."""
-    return size if size <= DEFAULT_MEMORY_GIB * 2**30 else at_once
+    return size if size <= gib * 2**30 else at_once
 
 
 def calibrate_phases(
@@ -126,8 +144,7 @@ def quantize_phases(
     streams = kept = 0
     if prefix:
         streams = held(2 * text.tokens * sizes.token, 2 * text.batch * sizes.token)
-        kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
-        kept *= HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1
+        kept = kept_of(text, sizes, passes)
     flowing = streams + kept + sizes.block
     found: dict[str, int] = {}
     done = 0
@@ -143,3 +160,47 @@ def quantize_phases(
         passing = int((passes.forward_bytes + sizes.token) * text.batch)
         found["quantize, on to the next block"] = flowing + sizes.linears + passing
     return found
+
+
+def kept_of(text: Text, sizes: Sizes, passes: Passes) -> int:
+    """Bytes of what the quantized prefix keeps of a block, and of the holes that it leaves in the heap."""
+    kept = held(int(passes.kept_bytes * text.tokens), int(passes.kept_bytes * text.batch))
+    return kept * (HEAP_COPIES if text.batch * sizes.token < HEAP_TENSOR else 1)
+
+
+def block_tuning_phases(
+    sizes: Sizes, text: TuningText, tuning: Tuning, passing: int, masters: int, gib: float = DEFAULT_MEMORY_GIB
+) -> dict[str, int]:
+    """Phase -> bytes. passing: of a piece on its way through an original block; masters: of what is trained of a block."""
+    streams = held(2 * text.tokens * sizes.token, 2 * text.at_once * sizes.token, gib)
+    flowing = streams * (HEAP_COPIES if text.at_once * sizes.token < HEAP_TENSOR else 1) + sizes.block
+    return {
+        "by block, in front of the blocks": sizes.outer + max(sizes.block, streams // 2),
+        "by block, the original": flowing + passing,
+        "by block, training": flowing + tuning.walks + masters + tuning.block.of(text.at_once),
+    }
+
+
+def verdict(sizes: Sizes, text: TuningText, student: Student, head: Head) -> int:
+    """Bytes of judging the packed model, its layers packed, on the held-out windows."""
+    rows = held(text.heldout * text.context * sizes.token, text.at_once * sizes.token, student.gib)
+    logits = int(head.judged * student.vocabulary * text.at_once)
+    return student.loaded + sizes.outer + sizes.head + rows + logits
+
+
+def end_tuning_phases(
+    sizes: Sizes, text: TuningText, tuning: Tuning, passing: int, masters: int, student: Student, head: Head, recomputed: bool
+) -> dict[str, int]:
+    """Phase -> bytes. passing: of a piece in an original block. recomputed: only what enters a block waits for the way back."""
+    rows = held(text.tokens * sizes.token, text.at_once * sizes.token, student.gib)
+    block = tuning.block.of(text.at_once)
+    kept = sizes.blocks * text.at_once * sizes.token + block if recomputed else tuning.kept.of(text.at_once)
+    logits = head.logit * student.vocabulary * text.at_once
+    logits *= HEAP_WASTE if FLOAT * student.vocabulary * text.at_once < HEAP_TENSOR else 1
+    back = int(kept * HEAP_WASTE if text.at_once * sizes.token < HEAP_TENSOR else kept)
+    back += max(int(logits), 0 if recomputed else block)
+    around = student.loaded + rows
+    return {
+        "end to end, teacher": around + max(sizes.outer, sizes.block + passing),
+        "end to end, training": around + student.decoded + sizes.outer + sizes.head + masters + back,
+    }

@@ -5,10 +5,9 @@ The directory is written beside its final place and renamed when it is whole, th
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -16,14 +15,14 @@ from typing import Any
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 
-from qtipcli.errors import CorruptError, QtipError, SettingsError, storage_error
+from qtipcli.errors import CorruptError, QtipError, SettingsError
 from qtipcli.hub import remote_code
 from qtipcli.hub.config import QtipConfig
 from qtipcli.hub.published import model_name, published
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.files import sha256_file, write_text_atomic
 from qtipcli.job.fingerprint import fingerprint_model
-from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.interrupt import checkpoint
 from qtipcli.job.shards import write_shard
 from qtipcli.model.linears import left_exact
 from qtipcli.model.skeleton import Skeleton
@@ -31,12 +30,18 @@ from qtipcli.model.source import ModelSource
 from qtipcli.stages import card, outer, quantize
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.whole import (
+    INDEX_FILE,
+    RECORD_FILE,
+    REMEDY,
+    check_complete,
+    index_found,
+    only_writer,
+    record_text,
+    refuse_occupied,
+    written_whole,
+)
 from qtipcli.untrusted import led_out, read_table
-
-RECORD_FILE = "qtip.json"
-"""What was done: the job's settings and fingerprint, a report for each layer, the sha256 of each file."""
-
-INDEX_FILE = "model.safetensors.index.json"
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -72,9 +77,9 @@ def run(
 
     provenance: what config.json and qtip.json are to say besides about how the model was made, in JSON types.
     with_code: add the file that imports qtipcli for who loads with trust_remote_code=True (hub.remote_code).
-    Nothing is done where `out` was already packed from this very job, unless `force` is given. Raises SettingsError where it
-    holds something else and `force` is not given, CorruptError where a shard of the job is damaged, QtipError where the job is
-    unfinished or of another model.
+    Where `out` was already packed from this very job it is only checked, unless `force` is given. Raises SettingsError where it
+    holds something else and `force` is not given, CorruptError where it or a shard of the job is damaged, QtipError where the
+    job is unfinished or of another model, BusyError where another process packs to `out`.
     """
     watcher = watcher or Silent()
     refuse_surroundings(out)
@@ -82,45 +87,16 @@ def run(
     job = RunDirectory.load(job_directory, quantize.STAGE)
     if job.fingerprint.get("model") != fingerprint_model(source.directory):
         raise QtipError(f"{job_directory} is a job of another model than {source.name}", "give the model it was started with")
-    if packed_from(out, job) and not force and (remote_code.is_in(out) or not with_code):
-        watcher.note(f"{out} is complete already: nothing was done")
-        return out
-    refuse_occupied(out, force)
-    with written_whole(out) as partial:
-        _Packer(source, job, partial, watcher, provenance or {}, with_code).run(max_shard_size)
+    with only_writer(out):
+        if not force and packed_from(out, job):
+            _Packer(source, job, out, watcher, _own_provenance(out), with_code).check()
+            if remote_code.is_in(out) or not with_code:
+                watcher.note(f"{out} is complete already: nothing was done")
+                return out
+        refuse_occupied(out, force)
+        with written_whole(out) as partial:
+            _Packer(source, job, partial, watcher, provenance or {}, with_code).run(max_shard_size)
     return out
-
-
-@contextlib.contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """An empty directory to write to, which takes the place of `out` at the end; after any exception `out` is as it was.
-
-    Raises StorageError, and StoppedError after Ctrl-C.
-    """
-    partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
-    try:
-        with interruptible():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            if out.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                out.rename(replaced)
-            partial.rename(out)
-            # Also what a run left that was killed right here.
-            shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise storage_error(error, out) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_occupied(out: Path, force: bool) -> None:
-    """Raise SettingsError where `out` is a file or holds files; with `force` only where it is a file."""
-    if out.exists() and not out.is_dir():
-        raise SettingsError(f"{out} is a file", "choose another directory")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise SettingsError(f"{out} is not empty", "choose another directory, or --force to replace what is in it")
 
 
 def refuse_surroundings(out: Path) -> None:
@@ -135,14 +111,13 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     file = directory / RECORD_FILE
     if not file.exists():
         return None
-    hint = "pack or download the model again"
-    record = read_table(file, hint)
+    record = read_table(file, REMEDY)
     for part, of in _RECORD_TABLES.items():
         table = record.get(part, {})
         if not isinstance(table, dict) or not all(isinstance(value, of) for value in table.values()):
-            raise CorruptError(f"{file} is damaged: {part} is not the table that qtip writes", hint)
+            raise CorruptError(f"{file} is damaged: {part} is not the table that qtip writes", REMEDY)
     if not _has_losses(record.get("layers", {})):
-        raise CorruptError(f"{file} is damaged: a loss is no number", hint)
+        raise CorruptError(f"{file} is damaged: a loss is no number", REMEDY)
     return record
 
 
@@ -168,12 +143,22 @@ def packed_from(out: Path, job: RunDirectory) -> bool:
     return record is not None and record.get("job") == _job_record(job)
 
 
+def _own_provenance(out: Path) -> dict[str, Any]:
+    """What a packed directory says besides about how it was made. Raises CorruptError where its config does not say it."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        said = dict(config["quantization_config"]["provenance"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CorruptError(f"{out / 'config.json'} is damaged, or was changed", REMEDY) from error
+    return {name: value for name, value in said.items() if name not in ("base_model", "settings")}
+
+
 def _job_record(job: RunDirectory) -> dict[str, Any]:
     return {"settings": published(job.settings), "fingerprint": job.fingerprint}
 
 
 class _Packer:
-    """One run of the stage, into an empty directory."""
+    """One run of the stage, into an empty directory; or the check of one that is written."""
 
     def __init__(
         self,
@@ -185,7 +170,7 @@ class _Packer:
         with_code: bool,
     ) -> None:
         self.source, self.job, self.directory, self.watcher = source, job, directory, watcher
-        self.provenance = published(dict(provenance))
+        self.provenance: dict[str, Any] = published(dict(provenance))
         if job.done(quantize.CALIBRATION):
             self.provenance["calibration"] = published(job.report(quantize.CALIBRATION))
         self.with_code = with_code
@@ -198,7 +183,6 @@ class _Packer:
         for key, what in (shards | {key: f"the {key}" for key in outer.shard_keys(job.settings)}).items():
             if not job.done(key):
                 raise QtipError(f"{job.path} is not finished: {what} is missing", "give the quantize command again")
-            job.verify(key)
             report = _checked_report(job, key)
             self.layers |= report["layers"]
             self.left |= report["left"]
@@ -207,6 +191,8 @@ class _Packer:
         self.layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
 
     def run(self, max_shard_size: str) -> None:
+        for key in {*self.shard_of.values(), *self.tuned.values()}:
+            self._verify(key)
         plan = self._plan()
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
         self.watcher.begin("pack", len(split.filename_to_tensors))
@@ -216,14 +202,35 @@ class _Packer:
             self.watcher.advance(file)
         copy_other_files(self.source.directory, self.directory, NOT_COPIED)
         config = self._write_config()
-        record = {"format": "qtip", "job": _job_record(self.job), **self.provenance, "layers": self.layers}
+        record = self._record()
         write_record(self.directory, record)
         index = index_of(split, parameter_count(self.skeleton))
         card.write(self.directory, config, record, index, card.inherited_from(self.source.directory, self.watcher))
-        if self._is_local():
-            where = {"base_model": str(self.source.directory.absolute())}
-            write_text_atomic(self.directory / LOCAL_FILE, json.dumps(where) + "\n")
+        self._write_local()
         write_text_atomic(self.directory / INDEX_FILE, index_text(index))
+
+    def check(self) -> None:
+        """Raise CorruptError unless the directory is what this job writes; say anew where the original lies if that changed."""
+        check_complete(self.directory, self._record(), self._index_found)
+        self._write_local()
+
+    def _index_found(self) -> str:
+        return index_text(index_found(self.directory, parameter_count(self.skeleton)))
+
+    def _record(self) -> dict[str, Any]:
+        return {"format": "qtip", "job": _job_record(self.job), **self.provenance, "layers": self.layers}
+
+    def _verify(self, key: str) -> None:
+        try:
+            self.job.verify(key)
+        except CorruptError as error:
+            raise CorruptError(error.message, "give the quantize command again with --force, then pack") from error
+
+    def _write_local(self) -> None:
+        file = self.directory / LOCAL_FILE
+        text = json.dumps({"base_model": str(self.source.directory.absolute())}) + "\n"
+        if self._is_local() and not (file.is_file() and file.read_bytes() == text.encode()):
+            write_text_atomic(file, text)
 
     def _is_local(self) -> bool:
         return Path(self.source.name).expanduser().is_dir()
@@ -237,7 +244,10 @@ class _Packer:
             names = [name for name in shard.keys() if name.rpartition(".")[0] == layer]  # noqa: SIM118, no mapping
             parts = {name.rpartition(".")[2]: shard.get_tensor(name) for name in names}
             found = {name.rpartition(".")[2]: shard.get_slice(name) for name in names}
-            kinds = {part: ((each.get_dtype(),), tuple(each.get_shape())) for part, each in found.items()}
+            # Beside them lie the vectors that block tuning trained, under the model's own names.
+            kinds = {
+                part: ((each.get_dtype(),), tuple(each.get_shape())) for part, each in found.items() if part not in _OF_MODEL
+            }
         stated = self.layouts[layer].tensors()
         if kinds != {part: (each.dtypes, each.shape) for part, each in stated.items() if part not in _OF_MODEL}:
             raise CorruptError(
@@ -388,7 +398,7 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Write qtip.json with the checksums of all that is there, but for what may change later. Raises StorageError."""
     files = {name: file for name, file in published_files(directory).items() if name not in (RECORD_FILE, *card.CHANGING)}
     checksums = {name: sha256_file(file) for name, file in files.items()}
-    write_text_atomic(directory / RECORD_FILE, json.dumps({**record, "sha256": checksums}, indent=1) + "\n")
+    write_text_atomic(directory / RECORD_FILE, record_text(record, checksums))
 
 
 def _untie(config: dict[str, Any]) -> None:

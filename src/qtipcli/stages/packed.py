@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,16 @@ from torch import Tensor
 from qtipcli.errors import QtipError
 from qtipcli.hub.published import published
 from qtipcli.hub.tensors import check_tensors
-from qtipcli.job.files import write_text_atomic
+from qtipcli.job.files import write_atomic, write_text_atomic
 from qtipcli.job.header import read_header
 from qtipcli.job.shards import open_shard, write_shard
 from qtipcli.nn.linear import TrellisLinear
 from qtipcli.stages import card
 from qtipcli.stages.inspect import read_config
-from qtipcli.stages.pack import INDEX_FILE, LOCAL_FILE, NOT_COPIED, copy_other_files, read_record, write_record, written_whole
+from qtipcli.stages.pack import LOCAL_FILE, NOT_COPIED, copy_other_files, read_record, write_record
 from qtipcli.stages.progress import Silent
 from qtipcli.stages.tune_blocks import packed_layer
+from qtipcli.stages.whole import INDEX_FILE, check_complete, written_whole
 from qtipcli.untrusted import read_table
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -101,15 +100,29 @@ class PackedDirectory:
             fields = config["quantization_config"]
             fields["provenance"] = published({**fields.get("provenance", {}), **provenance})
             write_text_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
-            before = read_record(self.path) or {}
-            # Not under "job": by that the pack stage knows what it made itself.
-            kept = {"format": "qtip", "quantize": before.get("job", before.get("quantize")), "layers": before.get("layers", {})}
-            kept |= {name: before[name] for name in ("calibration",) if name in before}
+            kept = self._kept_record()
             write_record(partial, {**kept, **published(dict(record))})
             self._write_card(partial, {**kept, **record})
             for name in (LOCAL_FILE, INDEX_FILE):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(self.path / name, partial / name)
+                self._copy(name, partial)
+
+    def check_changed(self, out: Path, record: Mapping[str, Any]) -> None:
+        """Raise CorruptError unless `out` is what `write_changed` made of it with this record, to the last bit."""
+        index = self.path / INDEX_FILE
+        text = index.read_text(encoding="utf-8") if index.is_file() else None
+        check_complete(out, {**self._kept_record(), **published(dict(record))}, lambda: text)
+        self._copy(LOCAL_FILE, out)
+
+    def _kept_record(self) -> dict[str, Any]:
+        """What qtip.json keeps of this directory's own."""
+        before = read_record(self.path) or {}
+        # Not under "job": by that the pack stage knows what it made itself.
+        kept = {"format": "qtip", "quantize": before.get("job", before.get("quantize")), "layers": before.get("layers", {})}
+        return kept | {name: before[name] for name in ("calibration",) if name in before}
+
+    def _copy(self, name: str, out: Path) -> None:
+        if (self.path / name).is_file():
+            write_atomic(out / name, [(self.path / name).read_bytes()])
 
     def _write_card(self, partial: Path, record: Mapping[str, Any]) -> None:
         index_file = self.path / INDEX_FILE

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qtipcli.config import AllocationSettings, CalibrationSettings, QuantizeSettings, settings_from
-from qtipcli.errors import CorruptError, MismatchError
+from qtipcli.errors import CorruptError, MismatchError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
 from qtipcli.job.processes import ALONE, Processes
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
-from qtipcli.stages import allocate, calibrate, outer, pack, quantize, sensitivity
+from qtipcli.stages import allocate, calibrate, outer, pack, quantize, sensitivity, whole
 from qtipcli.stages.allocate import ALLOCATED, UNIFORM
 from qtipcli.stages.progress import Watcher
 
@@ -58,8 +58,8 @@ def quantize_model(
     quantize.refuse_shared(settings, processes)
     pack.refuse_surroundings(out)
     job = job_directory(out)
-    if pack_after and not _is_packed(job, out):
-        pack.refuse_occupied(out, force)
+    if pack_after and (force or not _is_packed(job, out)):
+        whole.refuse_occupied(out, force)
         pack.refuse_links(pack.other_files(source.directory), source.directory)
     _calibrate(source, calibration, settings, hessians, force, watcher, processes)
     quantize.run(source, settings, hessians, job, force, watcher, processes)
@@ -90,8 +90,8 @@ def allocate_model(
     quantize.refuse_shared(settings, processes)
     pack.refuse_surroundings(out)
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
-    if pack_after and not any(_is_packed(job, out) for job in jobs.values()):
-        pack.refuse_occupied(out, force)
+    if pack_after and (force or not any(_is_packed(job, out) for job in jobs.values())):
+        whole.refuse_occupied(out, force)
         pack.refuse_links(pack.other_files(source.directory), source.directory)
     allocate.check(source, settings, allocation)
     _calibrate(source, calibration, settings, hessians, force, watcher, processes)
@@ -139,6 +139,13 @@ def _calibrate(
     head = bool(wants_outer) and outer.needs_head_hessian(outer.plan(Skeleton(source), quantize))
     two_sided = quantize.two_sided
     found = _found_hessians(directory, force)
+    if found is not None and not force and (damaged := found.damaged(in_full=False)):
+        raise next(iter(damaged.values()))  # content is checked by who reads it
+    if processes.broadcast(found is not None) != (found is not None):
+        raise SettingsError(
+            f"{directory} is there for the first process and not for another one, or the other way round",
+            "put it on a file system that all machines share, under the same path",
+        )
     there = found.settings | {"slices": calibrate.slices_of(found)} if found else {}
     settings = settings_from(CalibrationSettings, {**there, **asked})
     if found is not None:

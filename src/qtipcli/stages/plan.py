@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ from qtipcli.stages.quantize import refuse_unused_patterns
 
 DTYPES = {"I32": torch.int32, "F16": torch.float16}
 """Of a packed layer's own parts."""
+
+WRITE_BYTES_PER_S = 200e6
+"""At which a packed directory is written, read again and its checksums made: not measured, since nothing is written."""
+
+LOAD_BYTES_PER_S = 2e9
+"""At which transformers loads weights that the system has in its file cache: not measured here, since none are read."""
+
+TEXT = "reading the text"
+"""The phase that a dry run goes through itself."""
 
 LEFT_SHAPES = 2
 """Dimensions from which on a tensor that is left as it is gets a reason: norms and biases are never rounded."""
@@ -65,7 +74,7 @@ class Plan:
 
     layers: largest first. stored: None where the command packs nothing. ram: phase -> bytes, the process's own included;
     vram: the same of a GPU, empty where none would be used. disk: what -> bytes. seconds: step -> seconds. notes: what the
-    prediction rests on.
+    prediction rests on. tables: title -> rows of what else is to be said.
     """
 
     command: str
@@ -77,6 +86,7 @@ class Plan:
     disk: Mapping[str, int]
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
+    tables: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, with the totals."""

@@ -103,10 +103,7 @@ class _Push:
     def __init__(self, directory: Path, repository: Repository, revision: str, create_pr: bool, watcher: Watcher) -> None:
         self.directory, self.repository, self.revision = directory, repository, revision
         self.create_pr, self.watcher = create_pr, watcher
-        try:
-            self.local = _local_files(directory, repository.name, None if revision == MAIN else revision)
-        except OSError as error:
-            raise storage_error(error, directory, "read") from error
+        self.local = local_files(directory, repository.name, None if revision == MAIN else revision)
 
     def run(self, private: bool, message: str) -> dict[str, Any]:
         self._check_card()
@@ -196,8 +193,15 @@ def _metadata(text: str) -> dict[str, Any]:
         raise QtipError(f"{CARD_FILE} cannot be read: {error}", "mend the lines between --- at its head") from error
 
 
+def local_files(directory: Path, repository: str, revision: str | None) -> list[_LocalFile]:
+    """What the repository is to hold, weights first; the card says how to load the model from there. Raises StorageError."""
+    try:
+        return _local_files(directory, repository, revision)
+    except OSError as error:
+        raise storage_error(error, directory, "read") from error
+
+
 def _local_files(directory: Path, repository: str, revision: str | None) -> list[_LocalFile]:
-    """What the repository is to hold, weights first; the card says how to load the model from there."""
     recorded = (pack.read_record(directory) or {}).get("sha256", {})
     files = []
     for name, path in pack.published_files(directory).items():

@@ -119,6 +119,11 @@ def refuse_shared(settings: QuantizeSettings, processes: Processes) -> None:
         )
 
 
+def heldout_of(rows: int) -> int:
+    """Calibration windows of `rows` that block tuning never trains on."""
+    return max(1, min(MOST_HELDOUT, rows // 5))
+
+
 class _Quantizer:
     """One run of the stage."""
 
@@ -245,8 +250,7 @@ class _Quantizer:
     def _run_tuned(self, missing: list[int], settings: BlockTuning) -> None:
         """Round a block, tune it, and round the next one behind it."""
         tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
-        heldout = max(1, min(MOST_HELDOUT, len(tokens) // 5))
-        tuner = BlockTuner(self.skeleton, tokens, heldout, settings, self.job.path, self.watcher)
+        tuner = BlockTuner(self.skeleton, tokens, heldout_of(len(tokens)), settings, self.job.path, self.watcher)
         try:
             for index in range(missing[-1] + 1):
                 self.processes.poll()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from qtipcli.model.imagined import Imagined
 from qtipcli.model.inputs import BlockInput, capture_first_inputs, through_block
 from qtipcli.model.linears import HessianRecorder, InputGroup, OutputRecorder, input_groups
+from qtipcli.model.places import signature
+from qtipcli.model.skeleton import Skeleton
 from qtipcli.stages import backward, calibrate
 from qtipcli.stages.live_bytes import LiveBytes
 from qtipcli.stages.prefix import Prefix
@@ -55,6 +58,15 @@ class Passes:
     prefix_bytes: float
     kept_bytes: float
     tokens: int
+
+
+def alike(skeleton: Skeleton) -> list[tuple[int, ...]]:
+    """Indices of the blocks, those together that compute alike on tensors of the same shapes."""
+    found: dict[Any, list[int]] = {}
+    for index, (_, block) in enumerate(skeleton.blocks):
+        shapes = tuple((parameter.shape, parameter.dtype) for parameter in block.parameters())
+        found.setdefault((signature(block), shapes), []).append(index)
+    return [tuple(indices) for indices in found.values()]
 
 
 def find_groups(skeleton: Imagined, index: int, row: Tensor) -> list[InputGroup]:

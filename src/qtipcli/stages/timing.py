@@ -127,6 +127,15 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def mean_elapsed(call: Callable[[], object], device: torch.device, seconds: float, most_calls: int = 64) -> float:
+    """Mean seconds of one call, of as many as fit into `seconds`; at least one."""
+    spent, calls = 0.0, 0
+    while not calls or (calls < most_calls and spent * (calls + 1) / calls < seconds):
+        spent += elapsed(call, device)
+        calls += 1
+    return spent / calls
+
+
 def wait_for(device: torch.device) -> None:
     """Until `device` has done what it was asked for."""
     if device.type == "cuda":
