@@ -57,7 +57,7 @@ def test_an_unknown_field_is_named_with_the_one_that_was_meant(kind, values, unk
 def test_an_unknown_field_like_no_other_is_answered_with_all() -> None:
     with pytest.raises(SettingsError, match="there is no setting 'zzz'") as caught:
         settings_from(CalibrationSettings, {"zzz": 1})
-    assert caught.value.hint == "there are data, samples, context, seed"
+    assert caught.value.hint == "there are data, samples, context, seed, slices"
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,15 @@ class CalibrationSettings(_Strict):
 
     data: a .txt, .jsonl or .parquet file, or a hub data set; None is the default hub data set.
     samples: windows; context: tokens in each, None for the model's own up to 2,048. seed: chooses the windows.
+    slices: that sums over the text are taken in, which as many processes can share; None is those of the Hessians that are
+    there, else 8. One is how it was done before there were slices.
     """
 
     data: str | None = None
     samples: int = Field(256, ge=1)
     context: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
+    slices: int | None = Field(None, ge=1)
 
 
 class TuningSettings(_Strict):

@@ -218,6 +218,87 @@ def test_one_writes_and_all_read(tmp_path: Path) -> None:
     assert not (tmp_path / "job" / "lock").exists()
 
 
+def test_none_sees_what_the_first_finished_before_all_had_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a slow one would take a step for done that the others take together."""
+    load = SharedDirectory.load.__func__
+
+    def slowly(*arguments: object) -> SharedDirectory:
+        time.sleep(0.5)
+        return load(SharedDirectory, *arguments)
+
+    def work(rank: int) -> None:
+        monkeypatch.setattr(SharedDirectory, "load", slowly)
+        with together() as group, SharedDirectory.join(group, tmp_path / "job", "calibrate", SETTINGS, FINGERPRINT) as job:
+            if not job.done("first"):
+                job.commit("first", {})
+            assert group.sum_numbers(1.0) == [2.0]
+
+    assert in_each(2, work) == [0, 0]
+
+
+def test_what_the_first_commits_alone_all_see_when_they_meet(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with together() as group, SharedDirectory.join(group, tmp_path / "job", "calibrate", SETTINGS, FINGERPRINT) as job:
+            if rank == 0:
+                job.commit_unseen("first", {"rank": torch.tensor(rank)}, {"rank": rank})
+            else:
+                assert not job.done("first")
+            job.meet()
+            assert job.report("first") == {"rank": 0}
+
+    assert in_each(2, work) == [0, 0]
+
+
+def test_tensors_and_objects_travel() -> None:
+    def work(rank: int) -> None:
+        with together() as group:
+            if rank == 1:
+                sent = [group.send(torch.full((3,), float(number)), 0) for number in range(3)]
+                for each in sent:
+                    each.wait()
+            elif rank == 0:
+                for number in range(3):
+                    received = torch.empty(3)
+                    group.receive(received, 1)
+                    assert torch.equal(received, torch.full((3,), float(number)))
+            tensor = torch.full((2,), rank)
+            assert [int(each[0]) for each in group.gather(tensor)] == [0, 1, 2]
+            assert group.collect({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+            group.broadcast_(tensor, 2)
+            assert tensor.tolist() == [2, 2]
+
+    assert in_each(3, work) == [0, 0, 0]
+
+
+def test_a_stop_that_one_process_polls_stops_the_others_too(tmp_path: Path) -> None:
+    """Also one that waits for a message of the process that has stopped: it says Ctrl-C, not that another is gone."""
+
+    def work(rank: int) -> None:
+        with together() as group:
+            with pytest.raises(StoppedError, match="Ctrl-C") as stop, interruptible(notice=False):
+                group.barrier()
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    group.poll()
+                elif rank == 2:
+                    group.receive(torch.empty(1), 1)
+                deadline = time.monotonic() + 10
+                while time.monotonic() < deadline:
+                    group.poll()
+                    time.sleep(0.01)
+                raise AssertionError("nobody stopped")
+            assert stop.value.exit_code == 130
+            if rank == 1:
+                processes._leave()  # as an error that goes on does
+            (tmp_path / str(rank)).touch()
+            # The first process serves the store that the others may still be asking; a launcher keeps it itself.
+            deadline = time.monotonic() + 30
+            while rank == 0 and len(list(tmp_path.iterdir())) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    assert in_each(3, work) == [0, 0, 0]
+
+
 def test_another_job_in_the_directory_is_said_by_the_first_process(tmp_path: Path) -> None:
     SharedDirectory.join(ALONE, tmp_path / "job", "calibrate", SETTINGS, FINGERPRINT).close()
 
@@ -233,6 +314,19 @@ def test_processes_with_different_inputs_are_refused_before_anything_is_written(
         with pytest.raises(PeerError if rank == 0 else SettingsError) as failure, together() as group:
             SharedDirectory.join(group, tmp_path / "job", "calibrate", SETTINGS | {"bits": 2 + rank}, FINGERPRINT)
         assert rank == 0 or "settings.bits is 2 there and 3 here" in failure.value.message
+
+    assert in_each(2, work) == [0, 0]
+    assert not (tmp_path / "job").exists()
+
+
+def test_processes_with_other_threads_are_refused(tmp_path: Path) -> None:
+    """They add in another order."""
+
+    def work(rank: int) -> None:
+        with pytest.raises(PeerError if rank == 0 else SettingsError) as failure, together() as group:
+            torch.set_num_threads(1 + rank)
+            SharedDirectory.join(group, tmp_path / "job", "calibrate", SETTINGS, FINGERPRINT)
+        assert rank == 0 or "machine.threads is 1 there and 2 here" in failure.value.message
 
     assert in_each(2, work) == [0, 0]
     assert not (tmp_path / "job").exists()

@@ -4,9 +4,10 @@
 
 Makes a tiny packed model in FOLDER (`model`, `text.txt`, `out`), says so in a line, and then answers each line of JSON on
 stdin by one on stdout. A request: {"world": processes, "arguments": of qtip, "where": directory to work in, "patches":
-{"module.NAME": value}, "signal": [rank, number, pattern]}; the signal is sent when a file below `where` matches the pattern.
+{"module.NAME": value}, "signal": [rank, number, pattern], "apart": true}; the signal is sent when a file below `where` matches
+the pattern; ranks that are apart work each in a directory of its own, `where`/RANK.
 The answer: {"statuses": exit status of each rank, negative for a signal; "err", "out": what each wrote; "last_s": seconds from
-the signal to the end of the last rank, null without one}.
+the signal to the end of the last rank, null without one; "wall_s": seconds of all; "cpu_s": of each rank}.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.kills import exit_status, warm_up
+from stages.kills import warm_up
 from stages.tiny import environment
 
 LONGEST_S = 120.0
@@ -36,6 +37,8 @@ class Ended(NamedTuple):
     err: list[str]
     out: list[str]
     last_s: float | None
+    wall_s: float
+    cpu_s: list[float]
 
     def said(self, text: str) -> int:
         """How often the ranks together wrote this on stderr."""
@@ -93,7 +96,7 @@ def _fork_store(port: int, world: int) -> int:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", port, world, is_master=True, wait_for_workers=False)
-    time.sleep(2 * LONGEST_S)
+    signal.pause()
     os._exit(int(store is None))
 
 
@@ -103,7 +106,9 @@ def _fork(rank: int, port: int, request: dict[str, Any], where: Path) -> int:
         return pid
     status = 1
     try:
-        os.chdir(where)
+        own = where / str(rank) if request.get("apart") else where
+        own.mkdir(exist_ok=True)
+        os.chdir(own)
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{where}.{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         if request["world"] > 1:
@@ -122,8 +127,9 @@ def _fork(rank: int, port: int, request: dict[str, Any], where: Path) -> int:
 
 def _serve(request: dict[str, Any]) -> Ended:
     where, ranks, port = Path(request["where"]), range(request["world"]), free_port()
-    where.mkdir(exist_ok=True)
+    where.mkdir(parents=True, exist_ok=True)
     store = _fork_store(port, request["world"])
+    started = time.monotonic()
     pids = [_fork(rank, port, request, where) for rank in ranks]
     signalled = None
     if request.get("signal"):
@@ -135,14 +141,17 @@ def _serve(request: dict[str, Any]) -> Ended:
         signalled = time.monotonic()
     # An alarm, because a rank that hangs would never be waited for to the end.
     signal.signal(signal.SIGALRM, lambda *_: [os.kill(pid, signal.SIGKILL) for pid in pids])
-    signal.alarm(int(LONGEST_S))
-    statuses = [exit_status(pid) for pid in pids]
+    signal.alarm(int(request.get("longest_s", LONGEST_S)))
+    ends = [os.wait4(pid, 0) for pid in pids]
+    statuses = [os.waitstatus_to_exitcode(status) for _, status, _ in ends]
     signal.alarm(0)
     os.kill(store, signal.SIGKILL)
     os.waitpid(store, 0)
-    last_s = None if signalled is None else time.monotonic() - signalled
+    ended = time.monotonic()
+    last_s = None if signalled is None else ended - signalled
+    cpu_s = [usage.ru_utime + usage.ru_stime for _, _, usage in ends]
     err, out = ([Path(f"{where}.{name}-{rank}").read_text() for rank in ranks] for name in ("err", "out"))
-    return Ended(statuses, err, out, last_s)
+    return Ended(statuses, err, out, last_s, ended - started, cpu_s)
 
 
 def _main() -> None:

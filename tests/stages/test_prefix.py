@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qtipcli.errors import QtipError, StoppedError
+from qtipcli.job.processes import Processes
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import streams
@@ -155,10 +156,10 @@ def test_ctrl_c_waits_until_the_block_is_rounded(tiny_model: Path, tmp_path: Pat
     """Between a block's layers nothing asks whether to stop: what is rounded of it would be lost."""
     prefix = at_second_block(tiny_model, tmp_path, {})
 
-    def stop() -> None:
+    def stop(_: Processes) -> None:
         raise StoppedError("stopped")
 
-    monkeypatch.setattr("qtipcli.stages.prefix.checkpoint", stop)
+    monkeypatch.setattr(Processes, "poll", stop)
     for names in GROUPS:
         assert prefix.moments(1, names, {}).tokens
     assert prefix._look_at_experts(1, GROUPS[1], GROUPS[1], {})  # as if it were an expert's

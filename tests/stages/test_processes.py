@@ -155,10 +155,10 @@ def test_processes_without_work_are_refused(ranks: Ranks, tmp_path: Path) -> Non
     assert not list((tmp_path / "job").iterdir())
 
 
-def run(launcher: str, *arguments: object, where: Path) -> tuple[subprocess.Popen[str], list[str]]:
-    """Start a launcher of the environment that runs the tests."""
+def run(launcher: str, *arguments: object, where: Path, use_cpu: bool = True) -> tuple[subprocess.Popen[str], list[str]]:
+    """Start a launcher of the environment that runs the tests. use_cpu: tell accelerate that there is no GPU."""
     line = [str(Path(sys.executable).parent / launcher), *map(str, arguments)]
-    surroundings = environment() | {"ACCELERATE_USE_CPU": "true"}
+    surroundings = environment() | ({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})
     pipe = subprocess.PIPE
     return subprocess.Popen(line, cwd=where, env=surroundings, stdout=pipe, stderr=pipe, text=True), line
 
@@ -201,14 +201,16 @@ def test_through_torchrun_a_killed_process_ends_all_and_the_same_command_complet
 
 
 def test_other_commands_are_refused_once_and_before_anything_is_written(tmp_path: Path) -> None:
-    started, _ = run("torchrun", "--nproc_per_node", "2", "-m", "qtipcli", "quantize", "model", "--out", "out", where=tmp_path)
+    started, _ = run(
+        "torchrun", "--nproc_per_node", "2", "-m", "qtipcli", "pack", "model", "job", "--out", "out", where=tmp_path
+    )
     _, err = started.communicate(timeout=60)
     assert started.returncode != 0
-    assert err.count("only qtip finetune runs on several") == 1, err
+    assert err.count("only calibrate, quantize, finetune run on several") == 1, err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["calibrate", "quantize", "pack", "eval", "generate", "inspect", "doctor", "demo", "bench"])
+@pytest.mark.parametrize("name", ["pack", "eval", "generate", "inspect", "doctor", "demo", "bench"])
 def test_no_other_command_runs_on_several(name: str, qtip: Qtip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = qtip(name, "some", "thing", *(["--out", "out"] if name == "pack" else []))
@@ -216,9 +218,10 @@ def test_no_other_command_runs_on_several(name: str, qtip: Qtip, monkeypatch: py
     assert f"qtip {name} was started as 2 processes" in outcome.err
 
 
-def test_accelerate_that_starts_one_process_for_several_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("finetune", "out", "--end-to-end"), ("calibrate", "model"), ("quantize", "model")])
+def test_accelerate_that_starts_one_process_for_several_is_refused(command: tuple[str, ...], tmp_path: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` says nothing of it by itself."""
-    line = ("launch", "--cpu", "--num_processes", "2", "-m", "qtipcli", "finetune", "out", "--end-to-end")
+    line = ("launch", "--cpu", "--num_processes", "2", "-m", "qtipcli", *command)
     started, _ = run("accelerate", *line, where=tmp_path)
     _, err = started.communicate(timeout=60)
     assert started.returncode != 0

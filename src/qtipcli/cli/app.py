@@ -59,7 +59,7 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    if context.invoked_subcommand != "finetune":
+    if context.invoked_subcommand not in launcher.SHARED:
         launcher.refuse_several(str(context.invoked_subcommand))
 
 
@@ -77,6 +77,9 @@ def calibrate(
     head: Annotated[bool, typer.Option("--head", help="That of the head's input too; it can be added later.")] = False,
     limit_blocks: options.LimitBlocks = None,
     max_memory: options.MaxMemory = None,
+    slices: Annotated[
+        int | None, typer.Option(help="Of the text, which as many processes can share; part of the result [8].", min=1)
+    ] = None,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     force: options.Force = False,
@@ -84,19 +87,28 @@ def calibrate(
     as_json: options.Json = False,
 ) -> None:
     """Measure what the model's layers see: one proxy Hessian for each input, saved once and used for every bitrate."""
+    launcher.refuse_lone()
+
+    from qtipcli.job.processes import together
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import calibrate, pipeline
 
-    settings = settings_from(CalibrationSettings, options.given(data=data, samples=samples, context=context, seed=seed))
+    asked = options.given(data=data, samples=samples, context=context, seed=seed, slices=slices)
+    settings = settings_from(CalibrationSettings, asked)
     if dry_run:
+        launcher.refuse_several("calibrate --dry-run")
         dry_runs.calibrate(model, revision, trust_remote_code, as_json, settings, out, head, two_sided)
         return
-    source = ModelSource.open(model, revision, trust_remote_code)
-    directory = out or pipeline.hessians_directory(source)
-    with Display() as display:
+    if max_memory is not None:
+        launcher.refuse_several("calibrate --max-memory")
+    with together() as processes, Display(quiet=not processes.is_main) as display:
+        with processes.main_first():
+            source = ModelSource.open(model, revision, trust_remote_code)
+        directory = out or pipeline.hessians_directory(source)
         memory_gib = limits.calibrate(max_memory, source, settings, directory, head, two_sided, display)
-        calibrate.run(source, settings, directory, force, display, head, two_sided, limit_blocks, memory_gib)
-    print_json({"directory": str(directory)}) if as_json else print(directory)
+        calibrate.run(source, settings, directory, force, display, head, two_sided, limit_blocks, memory_gib, processes)
+    if processes.is_main:
+        print_json({"directory": str(directory)}) if as_json else print(directory)
 
 
 @app.command()
@@ -171,6 +183,7 @@ def quantize(
         data=data, samples=samples, context=context, seed=seed
     )
     if dry_run:
+        launcher.refuse_several("quantize --dry-run")
         dry_runs.quantize(
             model, revision, trust_remote_code, as_json, calibration, settings, allocation, hessians, out, pack
         )  # fmt: skip
@@ -178,24 +191,31 @@ def quantize(
     if limit_blocks is not None and allocation is not None:
         raise SettingsError("a measured allocation looks at all blocks", "leave --limit-blocks out, or give a uniform rate")
     pushing.check(push_to, pack and limit_blocks is None)
+    launcher.refuse_lone()
+    if max_memory is not None:
+        launcher.refuse_several("quantize --max-memory")
+
+    from qtipcli.job.processes import together
     from qtipcli.model.source import ModelSource
     from qtipcli.stages import pipeline
 
-    source = ModelSource.open(model, revision, trust_remote_code)
-    target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
-    where = hessians or pipeline.hessians_directory(source)
-    with Display() as display:
+    with together() as processes, Display(quiet=not processes.is_main) as display:
+        with processes.main_first():
+            source = ModelSource.open(model, revision, trust_remote_code)
+        target = out or pipeline.output_directory(source, options.rate_of(settings, allocation, size))
+        where = hessians or pipeline.hessians_directory(source)
         memory_gib = limits.quantize(max_memory, source, calibration, settings, where, target, display)
         if allocation is None:
             result = pipeline.quantize_model(
-                source, calibration, settings, where, target, display, force, pack, limit_blocks, memory_gib
+                source, calibration, settings, where, target, display, force, pack, limit_blocks, memory_gib, processes
             )  # fmt: skip
         else:
             measured = sensitivities or pipeline.sensitivities_directory(where, settings.code)
             result = pipeline.allocate_model(
-                source, calibration, settings, allocation, where, measured, target, display, force, pack, memory_gib
-            )
-    _summarize(result, as_json, push_to) if result == target else print(result)
+                source, calibration, settings, allocation, where, measured, target, display, force, pack, memory_gib, processes
+            )  # fmt: skip
+    if processes.is_main:
+        _summarize(result, as_json, push_to) if result == target else print(result)
 
 
 @app.command("pack")

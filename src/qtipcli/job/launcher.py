@@ -13,6 +13,9 @@ from qtipcli.errors import SettingsError
 WORLD_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where the number of processes stands (accelerate.state): torchrun and accelerate; MPICH and Intel MPI; Open MPI; MVAPICH."""
 
+SHARED = ("calibrate", "quantize", "finetune")
+"""The commands that several processes can share."""
+
 FIRST_SPEAKS_S = 5.0
 """How long others leave the word to the first process: torchrun looks every 0.1 s whether one has failed, then ends all."""
 
@@ -54,7 +57,7 @@ def refuse_several(command: str) -> None:
     """Raise SettingsError where `command` was started as one of several processes."""
     if world() > 1:
         raise SettingsError(
-            f"qtip {command} was started as {world()} processes: so far only qtip finetune runs on several",
+            f"qtip {command} was started as {world()} processes: only {', '.join(SHARED)} run on several",
             f"start qtip {command} without torchrun or accelerate launch (in the environment: WORLD_SIZE unset)",
         )
 
@@ -70,7 +73,7 @@ def refuse_lone() -> None:
     if is_by_accelerate and "MASTER_PORT" in os.environ and not any(name in os.environ for name in WORLD_VARIABLES):
         raise SettingsError(
             "accelerate launch was asked for several processes and started one, as it does with --cpu or without GPUs",
-            "torchrun --nproc_per_node N -m qtipcli finetune ..., or accelerate launch --num_processes 1",
+            "torchrun --nproc_per_node N -m qtipcli ..., or accelerate launch --num_processes 1",
         )
 
 

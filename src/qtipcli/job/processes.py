@@ -1,7 +1,7 @@
 """Owns the processes that work on one job together: which of them this one is, what they add up, and how they end together.
 
-Every method but the properties is collective: all processes call it, in the same order. Gradients travel between GPUs by NCCL;
-everything else, and everything on CPUs, by gloo, which notices at once when a process is gone.
+Every method is collective, all processes call it in the same order, but for the properties, `poll`, and `send` with its
+`receive`. Tensors on GPUs travel by NCCL; everything on CPUs by gloo, which notices at once when a process is gone.
 
 with together() as processes:
     ...
@@ -34,6 +34,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """torch.distributed's name of what carries messages, by the kind of device that computes."""
 
 _TOLD = "qtip/told"  # the store counts here who has said why the job ends
+_ASKED = "qtip/asked"  # and keeps here the signal by which a process was asked to stop
 
 
 class Processes:
@@ -91,6 +92,40 @@ class Processes:
             dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
         return holder[0]
 
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        """Make `tensor`, contiguous, in place what it is in the process `source`."""
+        if not self.is_alone:
+            with _peers():
+                dist.broadcast(tensor, source)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors, of one shape and dtype, of all processes in their order."""
+        if self.is_alone:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.world)]
+        with _peers():
+            dist.all_gather(found, tensor)
+        return found
+
+    def collect(self, value: Any) -> list[Any]:
+        """What each process gave, in their order, pickled on the way."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with _peers():
+            dist.all_gather_object(found, value)
+        return found
+
+    def send(self, tensor: Tensor, to: int) -> Sent:
+        """Start to send a contiguous tensor to the process `to`, which calls `receive`; until it arrives it must not change."""
+        with _peers():
+            return Sent(dist.isend(tensor, to), tensor)
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Fill `tensor`, contiguous, with what the process `source` sends next."""
+        with _peers():
+            dist.recv(tensor, source)
+
     def barrier(self) -> None:
         """Return when all have come here."""
         self.sum_numbers(0.0)
@@ -114,6 +149,30 @@ class Processes:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked:
             raise interrupt.stopped(int(asked))
+
+    def poll(self) -> None:
+        """A safe point that only this process need pass: raises StoppedError once any process was asked to stop."""
+        if self.is_alone:
+            interrupt.checkpoint()
+            return
+        with _peers():
+            if number := interrupt.requested():
+                _store().set(_ASKED, str(number))
+            number = _asked()
+        if number:
+            raise interrupt.stopped(number)
+
+
+class Sent:
+    """A tensor on its way to another process."""
+
+    def __init__(self, work: Any, tensor: Tensor) -> None:
+        self._work, self._tensor = work, tensor  # held until it has arrived
+
+    def wait(self) -> None:
+        """Return when it has arrived. Raises QtipError where the other process is gone."""
+        with _peers():
+            self._work.wait()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -186,7 +245,7 @@ def _join(timeout: datetime.timedelta) -> Processes:
     if state.num_processes != world:
         raise SettingsError(
             f"{world} processes were started, but accelerate's state has {state.num_processes}: each would do all the work",
-            "torchrun --nproc_per_node N -m qtipcli finetune ..., on a machine without a GPU with ACCELERATE_USE_CPU=true",
+            "torchrun --nproc_per_node N -m qtipcli ..., on a machine without a GPU with ACCELERATE_USE_CPU=true",
         )
     launcher.note_joined()
     return Processes(state.process_index, state.num_processes)
@@ -203,9 +262,19 @@ def _leave() -> None:
 def _is_first_to_tell() -> bool:
     """Whether no other process has said yet why the job ends; also where that cannot be found out."""
     try:
-        return dist.distributed_c10d._get_default_store().add(_TOLD, 1) == 1
+        return _store().add(_TOLD, 1) == 1
     except (RuntimeError, ValueError):
         return True
+
+
+def _store() -> Any:
+    """What the processes met at; small texts that stay readable where messages do not arrive any more."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _asked() -> int:
+    """The signal by which a process was asked to stop, 0 for none."""
+    return int(_store().get(_ASKED)) if _store().check([_ASKED]) else 0
 
 
 @contextlib.contextmanager
@@ -214,6 +283,9 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        with contextlib.suppress(RuntimeError, ValueError):
+            if number := _asked():  # the other one has stopped, as it was asked to
+                raise interrupt.stopped(number) from error
         # Gloo puts its source file before the fact, and advice behind it.
         fact = re.sub(r"^\[[^]]*\] *|\. .*", "", str(error).strip().split("\n")[0])
         raise QtipError(

@@ -8,7 +8,7 @@ stand-ins return noise proves that the blocks form a plain chain, without which 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,10 @@ class BlockInput:
 
 @torch.no_grad()
 def capture_first_inputs(
-    skeleton: Skeleton, token_rows: Tensor, batch_rows: int = 8, keep_on: torch.device | str = "cpu"
+    skeleton: Skeleton,
+    token_rows: Tensor | Sequence[Tensor],
+    batch_rows: int = 8,
+    keep_on: torch.device | str = "cpu",
 ) -> list[BlockInput]:
     """What the first block gets for each batch of rows, and the other arguments of every block.
 
@@ -70,7 +73,7 @@ def capture_first_inputs(
 
     Args:
         skeleton: the model.
-        token_rows: token ids, int64 [rows, context]; every token counts (no padding).
+        token_rows: token ids, int64 [rows, context]; every token counts (no padding). Or a batch each.
         batch_rows: rows in one batch; the last batch may be smaller.
         keep_on: the device that hidden states are kept on.
 
@@ -83,10 +86,11 @@ def capture_first_inputs(
     """
     shared = _SharedTensors()
     inputs: list[BlockInput] = []
+    batches = token_rows.split(batch_rows) if isinstance(token_rows, Tensor) else token_rows
     try:
         skeleton.materialize_outer()
-        returns = _examine_chain(skeleton, token_rows[:1, :_PROBE_TOKENS])
-        for rows in token_rows.split(batch_rows):
+        returns = _examine_chain(skeleton, batches[0][:1, :_PROBE_TOKENS])
+        for rows in batches:
             recorder = _Recorder(skeleton, returns.wrap)
             recorder.run(rows)
             calls = tuple(shared.replace_in(call) for call in recorder.calls)

@@ -5,7 +5,7 @@ Dimensions in names: I input features, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -223,20 +223,8 @@ class HessianRecorder:
         self._hooks.__exit__(kind, error, trace)
 
     def hessians(self) -> dict[str, tuple[Tensor, int]]:
-        """First name of each group -> (proxy Hessian E[x x^T], float32 [I, I], and the tokens it is the mean of).
-
-        A group without tokens gets zeros. The mean is as in QuIP#, arXiv 2402.04396, section 2.
-
-        Raises:
-            QtipError: an input was NaN or infinite, which no damping repairs.
-        """
-        means = {}
-        for name, total in self.sums.items():
-            if not torch.isfinite(total).all():
-                hint = "the model overflows on this text: compute in float32, or leave out this text"
-                raise QtipError(f"the input of {name} holds NaN or infinite values", hint)
-            means[name] = (total / max(self.tokens[name], 1), self.tokens[name])
-        return means
+        """First name of each group -> (proxy Hessian as of `mean_hessians`, the tokens it is the mean of)."""
+        return {name: (mean, self.tokens[name]) for name, mean in mean_hessians(self.sums, self.tokens).items()}
 
     def _add(self, name: str, tensor: Tensor) -> None:
         x_NI = tensor.detach().reshape(-1, tensor.shape[-1])
@@ -244,6 +232,23 @@ class HessianRecorder:
             chunk_NI = chunk_NI.to(torch.float32)
             self.sums[name].addmm_(chunk_NI.T, chunk_NI)
         self.tokens[name] += x_NI.shape[0]
+
+
+def mean_hessians(sums: Mapping[str, Tensor], tokens: Mapping[str, int]) -> dict[str, Tensor]:
+    """Proxy Hessians E[x x^T], float32 [I, I], from sums of x x^T and numbers of x by name; zeros where there is no x.
+
+    The mean is as in QuIP#, arXiv 2402.04396, section 2.
+
+    Raises:
+        QtipError: an input was NaN or infinite, which no damping repairs.
+    """
+    means = {}
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            hint = "the model overflows on this text: compute in float32, or leave out this text"
+            raise QtipError(f"the input of {name} holds NaN or infinite values", hint)
+        means[name] = total / max(tokens[name], 1)
+    return means
 
 
 class OutputRecorder:

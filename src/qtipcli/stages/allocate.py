@@ -21,7 +21,9 @@ from torch import Tensor
 from qtipcli.config import AllocationSettings, LayerSettings, QuantizeSettings, settings_from
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_text, fingerprint_versions
-from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.interrupt import interruptible
+from qtipcli.job.processes import ALONE, Processes
+from qtipcli.job.shared import SharedDirectory
 from qtipcli.model.linears import find_linears
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
@@ -132,6 +134,7 @@ def decide(
     directory: Path,
     force: bool,
     watcher: Watcher,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """The table, from `directory` where it was decided before.
 
@@ -145,7 +148,10 @@ def decide(
         "versions": fingerprint_versions(),
     }
     frozen = {"quantize": quantize.model_dump(), "allocate": settings.model_dump()}
-    with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
+    with (
+        interruptible(notice=processes.is_main),
+        SharedDirectory.join(processes, directory, STAGE, frozen, fingerprint, force) as job,
+    ):
         if not job.done(TABLE):
             rows = sensitivity.rows(measured, RunDirectory.load(hessians, calibrate.STAGE))
             job.commit(TABLE, {}, _decide(Skeleton(source), rows, quantize, settings))
@@ -176,7 +182,12 @@ def is_uniform(table: Mapping[str, Any]) -> bool:
 
 
 def judge(
-    source: ModelSource, sensitivities: Path, jobs: Mapping[str, Path], directory: Path, watcher: Watcher
+    source: ModelSource,
+    sensitivities: Path,
+    jobs: Mapping[str, Path],
+    directory: Path,
+    watcher: Watcher,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """What the finished quantize jobs `jobs` are worth, from `directory` where it was measured before.
 
@@ -184,18 +195,24 @@ def judge(
     Returns {"kl": mean KL(original || each) in nats, "kl_stderr", "windows", "kept": the one with less}.
     """
     before = RunDirectory.load(directory, STAGE)
-    with interruptible(), RunDirectory.open(directory, STAGE, before.settings, before.fingerprint) as job:
+    with (
+        interruptible(notice=processes.is_main),
+        SharedDirectory.join(processes, directory, STAGE, before.settings, before.fingerprint) as job,
+    ):
         if not job.done(VERDICT):
             measured = RunDirectory.load(sensitivities, sensitivity.STAGE)
-            rows_WT = measured.read(sensitivity.TOKENS)[sensitivity.JUDGE_TOKENS]
-            reference = Reference(source, rows_WT, watcher)
-            watcher.begin("compare", len(jobs))
             found: dict[str, Tensor] = {}
-            for which, path in jobs.items():
-                _put(reference, RunDirectory.load(path))
-                found[which] = reference.divergence()
-                watcher.advance(which)
-            job.commit(VERDICT, {}, _verdict(found))
+            own = list(jobs.items())[processes.rank :: processes.world]
+            if own:
+                reference = Reference(
+                    source, measured.read(sensitivity.TOKENS)[sensitivity.JUDGE_TOKENS], watcher, processes.poll
+                )
+                watcher.begin("compare", len(own))
+                for which, path in own:
+                    _put(reference, RunDirectory.load(path), processes)
+                    found[which] = reference.divergence()
+                    watcher.advance(which)
+            job.commit(VERDICT, {}, _verdict({which: kl for part in processes.collect(found) for which, kl in part.items()}))
         return job.report(VERDICT)
 
 
@@ -233,10 +250,10 @@ def _verdict(found: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"kl": means, "kl_stderr": errors, "windows": windows, "kept": kept}
 
 
-def _put(reference: Reference, job: RunDirectory) -> None:
+def _put(reference: Reference, job: RunDirectory, processes: Processes) -> None:
     """Give the model the weights that a finished quantize job stands for, and the vectors that it tuned."""
     for index in range(len(reference.skeleton.blocks)):
-        checkpoint()
+        processes.poll()
         report, tensors = job.report(block_key(index)), job.read(block_key(index))
         for name, layer in report["layers"].items():
             layout = layout_of(layer)

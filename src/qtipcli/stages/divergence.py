@@ -7,7 +7,7 @@ default device, in float32; on a GPU that has no room for that in bfloat16, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -39,13 +39,15 @@ class Reference:
         source: the original.
         rows: int64 [W, context].
         watcher: hears what precision there was room for.
+        poll: a safe point, passed before each batch.
 
     Attributes:
         skeleton: the model, every block and everything outside of them in memory; weights may be changed in place.
         block: the first block that `divergence` runs; blocks before it must be as they were.
     """
 
-    def __init__(self, source: ModelSource, rows: Tensor, watcher: Watcher) -> None:
+    def __init__(self, source: ModelSource, rows: Tensor, watcher: Watcher, poll: Callable[[], None] = checkpoint) -> None:
+        self._poll = poll
         device = default_device()
         self.skeleton = Skeleton(source, _dtype(source, device, watcher), device)
         self.block = 0
@@ -75,7 +77,7 @@ class Reference:
         """
         means = []
         for index, rows in enumerate(self._rows):
-            checkpoint()
+            self._poll()
             changed = self._after.logits(rows, self._through(index))[:, :-1]
             original = self._original(index) if self._log_p is None else self._log_p[index]
             means.append(_divergences(original, changed, self._log_p is not None).mean(-1))

@@ -28,6 +28,7 @@ from qtipcli.stages.own_process import age_seconds, peak_bytes, resident_bytes, 
 from qtipcli.stages.plan import TEXT, WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
+from qtipcli.stages.slices import DEFAULT_SLICES
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.tune_blocks import MICRO_TOKENS
 from qtipcli.stages.tuning_rates import TUNING_SECONDS, TuningText
@@ -199,22 +200,23 @@ class _Job:
         """(whether the Hessians are there, the text, token ids of a batch of it)."""
         if (hessians / "job.json").is_file():
             found = RunDirectory.load(hessians, calibrate.STAGE)
-            settings = settings_from(CalibrationSettings, {**found.settings, **asked})
+            there = found.settings | {"slices": calibrate.slices_of(found)}
+            settings = settings_from(CalibrationSettings, {**there, **asked})
             complete = found.done(TOKENS) and (not self.settings.two_sided or calibrate.has_output_side(found))
-            if complete and settings.model_dump() == found.settings:
+            if complete and settings.model_dump() == there:
                 self.notes.append(f"the Hessians in {hessians} are used")
                 tokens = found.read(TOKENS)[TOKENS]
-                return True, Text(*tokens.shape), tokens
+                return True, Text(*tokens.shape, calibrate.slices_of(found)), tokens
             self.notes.append(f"what is done already in {hessians} is not taken off")
         settings = settings_from(CalibrationSettings, dict(asked))
         data = settings.data or CALIBRATION_DATA
         tokenizer = load_tokenizer(self.source)
         if not load_documents(data, tokenizer).streamed:
             tokens = calibrate.load_windows(self.source, settings).tokens
-            return False, Text(*tokens.shape), tokens
+            return False, Text(*tokens.shape, settings.slices or DEFAULT_SLICES), tokens
         self.notes.append(f"{data} is not read: {settings.samples} windows of it are taken to be there")
         context = calibrate.context_of(self.source, settings.context)
-        text = Text(settings.samples, context)
+        text = Text(settings.samples, context, settings.slices or DEFAULT_SLICES)
         tokens = torch.randint(len(tokenizer), (min(settings.samples, text.batch // context), context))
         return False, text, tokens
 

@@ -77,10 +77,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Calibration text: rows windows of context tokens each."""
+    """Calibration text: rows windows of context tokens each. slices: that sums over it are taken in."""
 
     rows: int
     context: int
+    slices: int = 1
 
     @property
     def tokens(self) -> int:
@@ -90,7 +91,13 @@ class Text:
     @property
     def batch(self) -> int:
         """Tokens that go through a block at once."""
-        return min(self.tokens, max(1, BATCH_TOKENS // self.context) * self.context)
+        most = -(-self.rows // min(self.slices, self.rows))
+        return min(most, max(1, BATCH_TOKENS // self.context)) * self.context
+
+    @property
+    def copies(self) -> int:
+        """Of each sum over the text: the running total and that of a slice, where there is more than one."""
+        return 1 if min(self.slices, self.rows) == 1 else 2
 
     @property
     def rows_back(self) -> int:
@@ -135,7 +142,8 @@ def calibrate_phases(
     """
     hidden = held(text.tokens * sizes.token, text.batch * sizes.token, memory_gib)
     inputs = sum(FLOAT * group.inputs**2 for group in groups)
-    on_the_way = max(passes.grouping_bytes * text.batch, inputs + (passes.forward_bytes + sizes.token) * text.batch, 2 * inputs)
+    passing = text.copies * inputs + (passes.forward_bytes + sizes.token) * text.batch
+    on_the_way = max(passes.grouping_bytes * text.batch, passing, 2 * inputs)
     found = {
         "calibrate, in front of the blocks": sizes.outer
         + max(sizes.read, sizes.block, hidden + NORM_COPIES * text.batch * sizes.token),
@@ -151,7 +159,10 @@ def calibrate_phases(
         + sizes.outer
         + sizes.head
         + max(sizes.read, LOGIT_COPIES * FLOAT * back * sizes.vocabulary + NORM_COPIES * back * sizes.token),
-        "output side, gradients of a block": streams + sizes.block + 2 * sum(squares) + int(passes.backward_bytes * back),
+        "output side, gradients of a block": streams
+        + sizes.block
+        + (1 + text.copies) * sum(squares)
+        + int(passes.backward_bytes * back),
         "output side, dampings of a block": streams + sum(squares) + max(outputs.values(), default=0),
     }
 
@@ -180,7 +191,8 @@ def quantize_phases(
     for group, needed, is_changed in zip(groups, rounding, changed or [True] * len(groups), strict=True):
         weights = FLOAT * group.inputs * sum(group.outputs)
         squares = 4 if is_changed else 2
-        sums = squares * FLOAT * group.inputs**2 + 2 * weights + int(passes.prefix_bytes * text.batch) if prefix else 0
+        summed = text.copies * (squares * FLOAT * group.inputs**2 + 2 * weights)
+        sums = summed + int(passes.prefix_bytes * text.batch) if prefix else 0
         phases = {"quantize, rounding of a group": needed, "quantize, what a group is given": sums}
         for phase, bytes_ in phases.items():
             found[phase] = max(found.get(phase, 0), flowing + bytes_)

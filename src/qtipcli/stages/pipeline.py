@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qtipcli.config import AllocationSettings, CalibrationSettings, QuantizeSettings, settings_from
-from qtipcli.errors import CorruptError, MismatchError
+from qtipcli.errors import CorruptError, MismatchError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model
+from qtipcli.job.processes import ALONE, Processes
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import allocate, calibrate, outer, pack, quantize, sensitivity, whole
@@ -48,25 +49,29 @@ def quantize_model(
     pack_after: bool = True,
     limit_blocks: int | None = None,
     memory_gib: float | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Calibrate unless that is done, round, and pack to `out`; each step goes on where an earlier run stopped.
 
     calibration: the fields of CalibrationSettings that the user asked for; the others are as the Hessians have them.
-    limit_blocks: work on the first blocks only, and pack nothing unless these are all.
-    memory_gib: as of the stages.
-    Returns the packed directory, or the run directory with pack_after False or blocks left to do.
+    limit_blocks: work on the first blocks only, and pack nothing unless these are all. memory_gib: as of the stages.
+    processes: that share the work; the first one packs.
+    Returns the packed directory, or the run directory with pack_after False, with blocks left to do and in the other processes.
     """
+    quantize.refuse_shared(settings, processes)
     pack.refuse_surroundings(out)
     job = job_directory(out)
     if pack_after and (force or not _is_packed(job, out)):
         whole.refuse_occupied(out, force)
         pack.refuse_links(pack.other_files(source.directory), source.directory)
-    _calibrate(source, calibration, settings, hessians, force, watcher, limit_blocks, memory_gib)
-    quantize.run(source, settings, hessians, job, force, watcher, limit_blocks, memory_gib)
+    _calibrate(source, calibration, settings, hessians, force, watcher, limit_blocks, memory_gib, processes)
+    quantize.run(source, settings, hessians, job, force, watcher, limit_blocks, memory_gib, processes)
     if limit_blocks is not None and limit_blocks < (count := len(Skeleton(source).blocks)):
         watcher.note(f"the first {limit_blocks} of {count} blocks are rounded: the same command without --limit-blocks goes on")
         return job
-    return pack.run(source, job, out, force, watcher=watcher) if pack_after else job
+    if not pack_after or not processes.is_main:
+        return job
+    return pack.run(source, job, out, force, watcher=watcher)
 
 
 def allocate_model(
@@ -81,42 +86,45 @@ def allocate_model(
     force: bool = False,
     pack_after: bool = True,
     memory_gib: float | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """As `quantize_model`, with a rate for each layer that is measured to be worth its bytes.
 
     The allocated model is rounded in OUT.job, the best uniform one of the same size in OUT.uniform.job; both are compared on
     held-out text, and the better one is packed. Each step goes on where an earlier run stopped.
-    Returns the packed directory, or the better run directory with pack_after False.
+    Returns the packed directory, or the better run directory with pack_after False and in processes other than the first.
     """
+    quantize.refuse_shared(settings, processes)
     pack.refuse_surroundings(out)
     jobs = {ALLOCATED: job_directory(out), UNIFORM: job_directory(out.with_name(f"{out.name}.{UNIFORM}"))}
     if pack_after and (force or not any(_is_packed(job, out) for job in jobs.values())):
         whole.refuse_occupied(out, force)
         pack.refuse_links(pack.other_files(source.directory), source.directory)
     allocate.check(source, settings, allocation)
-    _calibrate(source, calibration, settings, hessians, force, watcher, memory_gib=memory_gib)
+    _calibrate(source, calibration, settings, hessians, force, watcher, memory_gib=memory_gib, processes=processes)
     try:
-        sensitivity.run(source, settings, allocation.sensitivity(), hessians, sensitivities, force, watcher)
+        sensitivity.run(source, settings, allocation.sensitivity(), hessians, sensitivities, force, watcher, processes)
     except MismatchError as error:
         raise MismatchError(error.message, "--sensitivities DIR for others, or --force to measure them again") from error
     decision = job_directory(out.with_name(f"{out.name}.allocation"))
-    table = allocate.decide(source, settings, allocation, hessians, sensitivities, decision, force, watcher)
+    table = allocate.decide(source, settings, allocation, hessians, sensitivities, decision, force, watcher, processes)
     report: dict[str, Any] = {"target": allocation.model_dump()} | {name: table[name] for name in table if name != "layers"}
     if allocate.is_uniform(table):
         watcher.note(f"the best allocation is the uniform model at {table['uniform']}: there is nothing to compare")
         del jobs[UNIFORM]
     for which, job in jobs.items():
         watcher.note(f"{which}: predicted KL {table['predicted_kl'][which]:.4g} at {table['bytes'][which]:,} bytes, in {job}")
-        quantize.run(source, allocate.settings_of(table, settings, which), hessians, job, force, watcher, memory_gib=memory_gib)
+        chosen = allocate.settings_of(table, settings, which)
+        quantize.run(source, chosen, hessians, job, force, watcher, memory_gib=memory_gib, processes=processes)
     kept = ALLOCATED
     if UNIFORM in jobs:
-        verdict = allocate.judge(source, sensitivities, jobs, decision, watcher)
+        verdict = allocate.judge(source, sensitivities, jobs, decision, watcher, processes)
         report["measured"], kept = verdict, verdict["kept"]
         watcher.note(
             f"KL on {verdict['windows']} held-out windows: allocated {verdict['kl'][ALLOCATED]:.4g}, "
             f"uniform {verdict['kl'][UNIFORM]:.4g}; the {kept} model is kept"
         )
-    if not pack_after:
+    if not pack_after or not processes.is_main:
         return jobs[kept]
     return pack.run(source, jobs[kept], out, force, watcher=watcher, provenance={"allocation": report | {"kept": kept}})
 
@@ -134,6 +142,7 @@ def _calibrate(
     watcher: Watcher,
     limit_blocks: int | None = None,
     memory_gib: float | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Make or complete the Hessians that a job with the settings `quantize` needs."""
     wants_outer = outer.shard_keys(quantize.model_dump())
@@ -142,13 +151,19 @@ def _calibrate(
     found = _found_hessians(directory, force)
     if found is not None and not force and (damaged := found.damaged(in_full=False)):
         raise next(iter(damaged.values()))  # content is checked by who reads it
-    settings = settings_from(CalibrationSettings, {**(found.settings if found else {}), **asked})
-    if found is not None:
-        is_same = settings.model_dump() == found.settings and found.fingerprint.get("model") == fingerprint_model(
-            source.directory
+    if processes.broadcast(found is not None) != (found is not None):
+        raise SettingsError(
+            f"{directory} is there for the first process and not for another one, or the other way round",
+            "put it on a file system that all machines share, under the same path",
         )
+    there = found.settings | {"slices": calibrate.slices_of(found)} if found else {}
+    settings = settings_from(CalibrationSettings, {**there, **asked})
+    if found is not None:
+        is_same = settings.model_dump() == there and found.fingerprint.get("model") == fingerprint_model(source.directory)
         is_whole = not force or not found.damaged()
-        if is_same and is_whole and calibrate.is_complete(found, Skeleton(source), limit_blocks):
+        is_finished = is_same and is_whole and calibrate.is_complete(found, Skeleton(source), limit_blocks)
+        # The first process decides: what the others see of a shared file system may be older.
+        if processes.broadcast(is_finished):
             # Finished Hessians do not need their text any more: it may have been moved.
             watcher.note(f"the Hessians in {directory} are used")
             lacks_head = head and not found.done(calibrate.HEAD)
@@ -158,10 +173,10 @@ def _calibrate(
             if lacks_outputs:
                 watcher.note(f"those of layers' outputs are added to {directory}")
             if lacks_head or lacks_outputs:
-                calibrate.add(source, directory, watcher, head, two_sided, limit_blocks, memory_gib)
+                calibrate.add(source, directory, watcher, head, two_sided, limit_blocks, memory_gib, processes)
             return
     try:
-        calibrate.run(source, settings, directory, force, watcher, head, two_sided, limit_blocks, memory_gib)
+        calibrate.run(source, settings, directory, force, watcher, head, two_sided, limit_blocks, memory_gib, processes)
     except MismatchError as error:
         raise MismatchError(
             error.message, "leave those options out to use what is there, or --hessians DIR for others"

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from qtipcli.errors import QtipError
 from qtipcli.job.files import temporary_path
-from qtipcli.job.interrupt import checkpoint
 from qtipcli.model.inputs import BlockCall, BlockInput, capture_first_inputs, run_block
 from qtipcli.model.linears import CHUNK_TOKENS
 from qtipcli.model.places import OUTPUT, PROBE_TOKENS, Place, find_places, look, signature
@@ -26,10 +25,15 @@ from qtipcli.model.source import count_infinite
 from qtipcli.quant.correction import Evidence
 from qtipcli.stages import streams
 from qtipcli.stages.few_tokens import Moments, Peers, Shared, peers_of
+from qtipcli.stages.slices import OrderedSums, Slices
 from qtipcli.tune.activations import Activations
 
 HELDOUT_SHARE = 8
 """One row of text in this many decides whether a correction made of the others helps."""
+
+
+_ALL, _HELDOUT = _PARTS = ("all", "held out")
+_HESSIAN, _CHANGE = "x x", "change x"  # no names of layers
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,10 @@ class Prefix:
 
     original, quantized: hidden states of each batch. calls: the other arguments of each batch's blocks.
     row: int64 [1, context], any tokens: a few of them probe the blocks. directory: where what is kept of a block goes that
-    takes more than `memory_gib` GiB.
+    takes more than `memory_gib` GiB. slices: how the text is cut; None is one slice of all batches.
+    heldout: for each batch bool [tokens], those that decide about corrections; None is those of every eighth row.
+
+    Of several processes each has the batches of its own slices. All call each method, and all get the same.
     """
 
     def __init__(
@@ -65,12 +72,16 @@ class Prefix:
         row: Tensor,
         directory: Path,
         memory_gib: float = streams.DEFAULT_MEMORY_GIB,
+        slices: Slices | None = None,
+        heldout: Sequence[Tensor] | None = None,
     ) -> None:
+        self._slices = slices or Slices.whole(len(quantized))
+        self._processes = self._slices.processes
         self._skeleton, self._original, self._quantized, self._calls = skeleton, original, quantized, calls
         self._directory, self._memory_gib = directory, memory_gib
         self._probe: BlockInput = capture_first_inputs(skeleton, row[:, :PROBE_TOKENS], 1)[0]
         self._found: dict[object, dict[str, Place]] = {}
-        self._heldout = _heldout_tokens([tuple(shape[:2]) for shape in quantized.shapes])
+        self._heldout = heldout or _heldout_tokens([tuple(shape[:2]) for shape in quantized.shapes])
         self._kept: dict[str, Activations] = {}
         self._peers = Peers({}, {})
         self._waiting: dict[str, Moments] = {}
@@ -86,7 +97,7 @@ class Prefix:
         inputs = [group.first for group in compared if group.own]
         places = sorted({place for group in compared for place in group.places.values()} | {OUTPUT})
         for batch in range(len(self._original)):
-            checkpoint()
+            self._processes.poll()
             one_input = streams.batch_at(self._original, self._calls, batch)
             given, behind = look(self._skeleton, index, one_input, inputs, places)
             seen = {_input_key(name): tensors[0] for name, tensors in given.items()} | behind
@@ -109,21 +120,32 @@ class Prefix:
         if self._peers.place(names[0]) is not None:
             return self._expert_moments(index, names[0], rounded)
         group = self._group(index, names)
-        sums = _Sums(block, group, self._skeleton.device)
         places = sorted(set(group.places.values()))
+        shapes = _Sums(block, group, torch.device("meta")).shapes()
+        total = OrderedSums(self._slices, shapes, self._skeleton.device)
         with _replaced(block, prefix, rounded):
-            for batch in range(len(self._quantized)):
-                one_input = streams.batch_at(self._quantized, self._calls, batch)
-                given, behind = look(self._skeleton, index, one_input, [group.first], places, once=group.is_compared)
-                inputs = given[group.first]
-                if not group.is_compared:
-                    sums.add_inputs(inputs)
-                    continue
-                missing = {place: self._before(place, batch) - behind[place] for place in places}
-                changed = self._before(_input_key(group.first), batch) - inputs[0] if group.own else None
-                sums.add(inputs[0], changed, missing, self._heldout[batch].to(self._skeleton.device))
-        _refuse_infinite(names[0], sums.is_finite())
-        return sums.moments(f"{prefix}.")
+            for number, batches in self._slices.own.items():
+                sums = _Sums(block, group, self._skeleton.device)
+                for batch in batches:
+                    self._add(sums, index, group, places, batch)
+                total.add(number, sums.tensors, sums.tokens)
+                del sums  # those of its slice
+        tokens = total.counts([_ALL, _HELDOUT])
+        found = total.everywhere()
+        _refuse_infinite(names[0], _is_finite(found))
+        return _moments_of(found, tokens, group, block, f"{prefix}.")
+
+    def _add(self, sums: _Sums, index: int, group: _Group, places: Sequence[str], batch: int) -> None:
+        """What one batch adds."""
+        one_input = streams.batch_at(self._quantized, self._calls, batch)
+        given, behind = look(self._skeleton, index, one_input, [group.first], places, once=group.is_compared)
+        inputs = given[group.first]
+        if not group.is_compared:
+            sums.add_inputs(inputs)
+            return
+        missing = {place: self._before(place, batch) - behind[place] for place in places}
+        changed = self._before(_input_key(group.first), batch) - inputs[0] if group.own else None
+        sums.add(inputs[0], changed, missing, self._heldout[batch].to(self._skeleton.device))
 
     def _expert_moments(self, index: int, name: str, rounded: Mapping[str, Tensor]) -> Moments:
         """Of the group of an expert whose first layer is called `name`.
@@ -133,7 +155,8 @@ class Prefix:
         if name not in self._waiting:
             peers = self._peers.at(self._peers.place(name) or "")
             features = self._skeleton.model.get_submodule(name).in_features
-            room = max(1, int(self._memory_gib * 2**30 // (features**2 * torch.float32.itemsize)))
+            copies = 1 if self._slices.count == 1 else 2  # the running total, and the sum of a slice
+            room = max(1, int(self._memory_gib * 2**30 // (copies * features**2 * torch.float32.itemsize)))
             first = peers.index(name)
             self._waiting = self._look_at_experts(index, peers, peers[first : first + room], rounded)
         return self._waiting.pop(name)
@@ -145,31 +168,37 @@ class Prefix:
         prefix, block = self._skeleton.blocks[index]
         short = {peer.removeprefix(f"{prefix}."): peer for peer in peers}
         features = self._skeleton.model.get_submodule(peers[0]).in_features
+        device = self._skeleton.device
         # The sum over the others has a place of its own, under no name.
-        sums = {name: torch.zeros(features, features, device=self._skeleton.device) for name in ("", *chosen)}
-        tokens = dict.fromkeys(sums, 0)
+        total = OrderedSums(self._slices, dict.fromkeys(("", *chosen), (features, features)), device)
         with _replaced(block, prefix, rounded):
-            for batch in range(len(self._quantized)):
-                one_input = streams.batch_at(self._quantized, self._calls, batch)
-                given, _ = look(self._skeleton, index, one_input, list(short), [], once=False)
-                for name, inputs in given.items():
-                    key = short[name] if short[name] in sums else ""
-                    for x_NI in inputs:
-                        _add(sums[key], x_NI, x_NI)
-                        tokens[key] += len(x_NI)
-        total = sum(tokens.values())
+            for number, batches in self._slices.own.items():
+                sums = {name: torch.zeros(features, features, device=device) for name in ("", *chosen)}
+                tokens = dict.fromkeys(sums, 0)
+                for batch in batches:
+                    one_input = streams.batch_at(self._quantized, self._calls, batch)
+                    given, _ = look(self._skeleton, index, one_input, list(short), [], once=False)
+                    for name, inputs in given.items():
+                        key = short[name] if short[name] in sums else ""
+                        for x_NI in inputs:
+                            _add(sums[key], x_NI, x_NI)
+                            tokens[key] += len(x_NI)
+                total.add(number, sums, tokens)
+                del sums
+        tokens, sums = total.counts(["", *chosen]), total.everywhere()
+        count = sum(tokens.values())
         shared_II = torch.zeros_like(sums[""])
         for name, summed in sums.items():
             _refuse_infinite(name or peers[0], bool(torch.isfinite(summed).all()))
-            shared_II += summed / max(total, 1)
-        shared = Shared(shared_II, total)
+            shared_II += summed / max(count, 1)
+        shared = Shared(shared_II, count)
         return {name: Moments(sums[name], tokens[name], shared=shared) for name in chosen}
 
     def advance(self, index: int, rounded: Mapping[str, Tensor]) -> None:
         """Take both streams through block `index`, which is materialized, whether it was entered or not."""
         prefix, block = self._skeleton.blocks[index]
         for batch in range(len(self._quantized)):
-            checkpoint()
+            self._processes.poll()
             if self._kept:
                 output = self._kept[OUTPUT].read(batch)
                 self._original.write(batch, output.reshape(self._original.shapes[batch]))
@@ -208,7 +237,7 @@ class Prefix:
             key: Activations(
                 [(count, width) for count in tokens],
                 dtype,
-                None if in_memory else temporary_path(self._directory / f"original-{number}"),
+                None if in_memory else temporary_path(self._directory / f"kept-{number}-{self._processes.rank}"),
             )
             for number, (key, (width, dtype)) in enumerate(widths.items())
         }
@@ -228,56 +257,62 @@ class Prefix:
 
 
 class _Sums:
-    """Over tokens, of what is missing behind the layers of one group."""
+    """Over tokens of one slice, of what is missing behind the layers of one group.
+
+    tensors: by name, each for all tokens (_ALL) and for those held out. tokens: how many there were of both.
+    """
 
     def __init__(self, block: nn.Module, group: _Group, device: torch.device) -> None:
         self._group = group
-        self._weights = {name: block.get_submodule(name).weight for name in group.own}
         size = block.get_submodule(group.first).in_features
-        rows = {name: block.get_submodule(name).out_features for name in group.places}
-        self._tokens, self._heldout_tokens = 0, 0
-        # Each for all tokens, and for those held out.
-        self._hessians = [torch.zeros(size, size, device=device) for _ in range(2)]
-        self._changes = [torch.zeros(size, size, device=device) for _ in range(2)] if group.own else []
-        self._missing = [{name: torch.zeros(count, size, device=device) for name, count in rows.items()} for _ in range(2)]
+        rows = {_HESSIAN: size} | ({_CHANGE: size} if group.own else {})
+        rows |= {name: block.get_submodule(name).out_features for name in group.places}
+        self.tensors = {
+            f"{part} {name}": torch.zeros(count, size, device=device) for name, count in rows.items() for part in _PARTS
+        }
+        self.tokens = dict.fromkeys(_PARTS, 0)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Of streams that are not compared."""
         for x_NI in inputs:
-            _add(self._hessians[0], x_NI, x_NI)
-            self._tokens += len(x_NI)
+            _add(self.tensors[f"{_ALL} {_HESSIAN}"], x_NI, x_NI)
+            self.tokens[_ALL] += len(x_NI)
 
     def add(self, x_NI: Tensor, changed_NI: Tensor | None, missing: Mapping[str, Tensor], kept_N: Tensor) -> None:
         """changed_NI: the original's input less this one. missing: by place. kept_N: which tokens are held out."""
-        self._tokens += len(x_NI)
-        self._heldout_tokens += int(kept_N.sum())
-        for part, chosen in enumerate((slice(None), kept_N)):
+        for part, chosen in ((_ALL, slice(None)), (_HELDOUT, kept_N)):
             x = x_NI[chosen]
-            _add(self._hessians[part], x, x)
+            self.tokens[part] += len(x)
+            _add(self.tensors[f"{part} {_HESSIAN}"], x, x)
             if changed_NI is not None:
-                _add(self._changes[part], changed_NI[chosen], x)
+                _add(self.tensors[f"{part} {_CHANGE}"], changed_NI[chosen], x)
             for name, place in self._group.places.items():
-                _add(self._missing[part][name], missing[place][chosen], x)
+                _add(self.tensors[f"{part} {name}"], missing[place][chosen], x)
 
-    def is_finite(self) -> bool:
-        """Also what follows from sums of one part, which are of fewer tokens."""
-        totals = (self._hessians[0], *self._changes[:1], *self._missing[0].values())
-        return all(not count_infinite(total) for total in totals)
 
-    def moments(self, stem: str) -> Moments:
-        """stem: in front of the names of the block's layers."""
-        counts = (self._tokens, self._heldout_tokens)
-        found: dict[str, tuple[Evidence, Evidence]] = {}
-        for name in (*self._group.own, *self._group.places):
-            seen, heldout = (
-                Evidence(self._hessians[part], self._missing_behind(name, part), counts[part]) for part in range(2)
-            )
-            found[f"{stem}{name}"] = (seen, heldout)
-        return Moments(self._hessians[0], self._tokens, found)
+def _is_finite(sums: Mapping[str, Tensor]) -> bool:
+    """Also what follows from sums of the held-out tokens, which are fewer."""
+    return all(not count_infinite(total) for name, total in sums.items() if name.startswith(f"{_ALL} "))
 
-    def _missing_behind(self, name: str, part: int) -> Tensor:
+
+def _moments_of(sums: Mapping[str, Tensor], tokens: Mapping[str, int], group: _Group, block: nn.Module, stem: str) -> Moments:
+    """sums, tokens: of `_Sums`, over all text. stem: in front of the names of the block's layers."""
+
+    def missing(name: str, part: str) -> Tensor:
         # Behind a layer to whose output nothing is added W (x - x^) is missing.
-        return self._weights[name].float() @ self._changes[part] if name in self._weights else self._missing[part][name]
+        if name in group.own:
+            return block.get_submodule(name).weight.float() @ sums[f"{part} {_CHANGE}"]
+        return sums[f"{part} {name}"]
+
+    found: dict[str, tuple[Evidence, Evidence]] = {}
+    for name in (*group.own, *group.places):
+        seen, heldout = (Evidence(sums[f"{part} {_HESSIAN}"], missing(name, part), tokens[part]) for part in _PARTS)
+        found[f"{stem}{name}"] = (seen, heldout)
+    return Moments(sums[f"{_ALL} {_HESSIAN}"], tokens[_ALL], found)
 
 
 def _refuse_infinite(name: str, is_finite: bool) -> None:

@@ -4,6 +4,7 @@ A shard holds, for each layer, `<name>.trellis`, `<name>.scale_in`, `<name>.scal
 prefix the stage makes its own Hessians, layer after layer, and corrects each layer for what rounding did to its input;
 otherwise it reads those of the calibrate stage. With block tuning each block is tuned before the next is rounded, and its shard
 also holds the norms and biases that were trained. What lies outside the blocks (qtipcli.stages.outer) has a shard for itself.
+Several processes share whole groups where these do not depend on one another, and the tiles of each where they do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import fnmatch
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from qtipcli.config import BlockTuning, QuantizeSettings
 from qtipcli.errors import CorruptError, QtipError, SettingsError, first_line
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
-from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.interrupt import interruptible
+from qtipcli.job.processes import ALONE, Processes, Sent
+from qtipcli.job.shared import SharedDirectory
 from qtipcli.model.linears import find_linears, refuse_unsupported
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource, check_finite
@@ -33,17 +38,21 @@ from qtipcli.quant.correction import corrected
 from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
 from qtipcli.quant.output_side import OutputHessian
 from qtipcli.quant.rows import row_sizes, with_row_sizes
+from qtipcli.quant.scale import Encode
 from qtipcli.quant.transform import Transform
-from qtipcli.stages import backward, calibrate, outer, streams
+from qtipcli.stages import backward, calibrate, outer, spread, streams
 from qtipcli.stages.calibrate import block_key
-from qtipcli.stages.few_tokens import FEW_TOKENS, StoredMoments
+from qtipcli.stages.few_tokens import FEW_TOKENS, Moments, StoredMoments, peers_of
 from qtipcli.stages.fitting import default_memory_gib
 from qtipcli.stages.load import default_device
 from qtipcli.stages.output_hessians import StoredOutputs
-from qtipcli.stages.prefix import Prefix
+from qtipcli.stages.prefix import HELDOUT_SHARE, Prefix
 from qtipcli.stages.progress import Silent, Watcher
 from qtipcli.stages.rounding_rates import Group, rounding_bytes
+from qtipcli.stages.shared_encoder import SharedEncoder
 from qtipcli.stages.shortage import explained
+from qtipcli.stages.slices import note_idle
+from qtipcli.stages.spread import Parcel, least_loaded, rounding_cost
 from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
 from qtipcli_kernels.codes import default_lut
 from qtipcli_kernels.spec import TrellisSpec
@@ -52,6 +61,9 @@ STAGE = "quantize"
 
 MOST_HELDOUT = 64
 """Calibration windows that block tuning never trains on, at most; a fifth where there are few."""
+
+MOST_UNDERWAY = 16
+"""Results that a process holds until the first one has taken them, before it waits."""
 
 CALIBRATION = "calibration"
 """The shard, without tensors, whose report says what text the Hessians were made of; last, and absent from older jobs."""
@@ -66,15 +78,17 @@ def run(
     watcher: Watcher | None = None,
     limit_blocks: int | None = None,
     memory_gib: float | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Fill `directory` with the model's rounded layers, going on where an earlier run stopped; returns it.
 
     hessians: a finished calibrate run directory of the same model. limit_blocks: round the first blocks only; the others, and
     what lies outside the blocks, are left for another run. memory_gib: activations beyond this go to a file; None takes what is
-    sensible here. It changes no bit.
+    sensible here. processes: that share the work. Neither changes a bit.
     Raises MismatchError where either directory holds another job, QtipError where a layer cannot be rounded.
     """
     watcher = watcher or Silent()
+    refuse_shared(settings, processes)
     calibration = RunDirectory.load(hessians, calibrate.STAGE)
     model = fingerprint_model(source.directory)
     if calibration.fingerprint.get("model") != model:
@@ -92,8 +106,11 @@ def run(
     for name in ("head_bits", "embedding_bits"):
         if frozen[name] is None:
             del frozen[name]  # as above
-    with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
-        stage = _Quantizer(source, settings, calibration, job, watcher)
+    with (
+        interruptible(notice=processes.is_main),
+        SharedDirectory.join(processes, directory, STAGE, frozen, fingerprint, force) as job,
+    ):
+        stage = _Quantizer(source, settings, calibration, job, watcher, processes)
         stage.memory_gib = default_memory_gib() if memory_gib is None else memory_gib
         blocks = calibrate.first_blocks(len(stage.skeleton.blocks), limit_blocks)
         stage.run(blocks)
@@ -106,6 +123,15 @@ def run(
     return directory
 
 
+def refuse_shared(settings: QuantizeSettings, processes: Processes) -> None:
+    """Raise SettingsError where several processes cannot do what `settings` ask for."""
+    if settings.tune_blocks is not None and not processes.is_alone:
+        raise SettingsError(
+            "--tune-blocks adds gradients in an order that depends on the number of processes: it runs on one",
+            "quantize without it, then qtip finetune --blocks on several",
+        )
+
+
 def heldout_of(rows: int) -> int:
     """Calibration windows of `rows` that block tuning never trains on."""
     return max(1, min(MOST_HELDOUT, rows // 5))
@@ -115,14 +141,22 @@ class _Quantizer:
     """One run of the stage."""
 
     def __init__(
-        self, source: ModelSource, settings: QuantizeSettings, calibration: RunDirectory, job: RunDirectory, watcher: Watcher
+        self,
+        source: ModelSource,
+        settings: QuantizeSettings,
+        calibration: RunDirectory,
+        job: SharedDirectory,
+        watcher: Watcher,
+        processes: Processes,
     ) -> None:
         self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
+        self.processes = processes
         self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
         # What is being rounded, by its full names.
         self.now: list[str] = [source.name]
-        self.encode = InBatches(self._note_smaller)
+        self.encode_alone = InBatches(self._note_smaller)
+        self.encode = SharedEncoder(processes, self.encode_alone)
         self.memory_gib = streams.DEFAULT_MEMORY_GIB
         # Compiled once: an allocation has a pattern for each of what may be thousands of layers.
         self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
@@ -143,29 +177,72 @@ class _Quantizer:
         if missing and self.settings.tune_blocks is not None:
             self._run_tuned(missing, self.settings.tune_blocks)
             return
-        prefix = self._start_prefix() if missing and self.settings.quantized_prefix else None
+        if missing and self.settings.quantized_prefix:
+            self._run_behind_prefix(missing)
+        elif missing:
+            self._run_spread(missing)
+
+    def _run_behind_prefix(self, missing: list[int]) -> None:
+        """Round block after block, each on what the rounded ones before it give."""
+        prefix = self._start_prefix()
         try:
-            for index in blocks:
-                checkpoint()
+            for index in range(missing[-1] + 1):
+                self.processes.poll()
                 if index in missing:
                     with explained(lambda: self.now[0], self._takes_now):
                         tensors, report = self._round_block(index, prefix)
                     self.job.commit(block_key(index), tensors, report)
                     self.watcher.advance(self.skeleton.blocks[index][0])
-                if prefix is not None and index < missing[-1]:
+                if index < missing[-1]:
                     self.skeleton.materialize(index)
                     prefix.advance(index, self._stored_matrices(index))
                 self.skeleton.release(index)
         finally:
-            if prefix is not None:
-                prefix.close()
+            prefix.close()
 
     def _start_prefix(self) -> Prefix:
         tokens = self.calibration.read(calibrate.TOKENS)[calibrate.TOKENS]
-        batches = tokens.split(max(1, calibrate.BATCH_TOKENS // tokens.shape[1]))
-        names = ("original", "quantized")
-        both, calls = streams.start(self.skeleton, batches, names, self.job.path, self.memory_gib, self.watcher)
-        return Prefix(self.skeleton, *both, calls, tokens[:1], self.job.path, self.memory_gib)
+        text = calibrate.text_of_job(self.calibration, tokens, self.processes)
+        note_idle(text.slices, self.watcher)
+        names = [f"{name}-{self.processes.rank}" for name in ("original", "quantized")]
+        both, calls = streams.start(self.skeleton, text.batches, names, self.job.path, self.memory_gib, self.watcher)
+        given = (text.row, self.job.path, self.memory_gib, text.slices, text.heldout(HELDOUT_SHARE))
+        return Prefix(self.skeleton, *both, calls, *given)
+
+    def _run_spread(self, missing: list[int]) -> None:
+        """Round groups that do not depend on one another, each in one process; the first one commits block after block."""
+        loads = [0.0] * self.processes.world
+        underway: deque[Sent] = deque()
+        for index in missing:
+            self.processes.poll()
+            groups = [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
+            # Given out in the order of the blocks, so that no process runs far ahead of what the first one waits for.
+            owners = least_loaded({names[0]: self._cost(names) for names in groups}, loads)
+            own = [names for names in groups if owners[names[0]] == self.processes.rank]
+            with explained(lambda: self.now[0], self._takes_now):
+                found = dict(self._rounded_alone(index, own)) if own else {}
+            if not self.processes.is_main:
+                for parcel in found.values():
+                    underway.extend(spread.send(self.processes, parcel, 0))
+                while len(underway) > MOST_UNDERWAY:
+                    underway.popleft().wait()
+                continue
+            block = _Rounded(self)
+            for names in groups:
+                block.take(found.get(names[0]) or spread.receive(self.processes, owners[names[0]]))
+            self.job.commit_unseen(block_key(index), block.tensors, block.report(self.skeleton.blocks[index][0]))
+            self.watcher.advance(self.skeleton.blocks[index][0])
+        for sent in underway:
+            sent.wait()
+        self.job.meet()
+
+    def _rounded_alone(self, index: int, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Parcel]]:
+        """(first name, result) of these groups of block `index`, under the calibrate stage's Hessians."""
+        self.skeleton.materialize(index)
+        stored = StoredMoments(self.calibration, index, *self.skeleton.blocks[index])
+        for names in groups:
+            yield names[0], self._round_names(index, names, partial(stored.of, names, self.skeleton.device), self.encode_alone)
+        self.skeleton.release(index)
 
     def run_outer(self) -> None:
         """Round what lies outside the blocks, one matrix in memory at a time."""
@@ -173,7 +250,7 @@ class _Quantizer:
         if self.outer:
             self.watcher.begin("quantize outside the blocks", len(self.outer), len(self.outer) - len(missing))
         for matrix in missing:
-            checkpoint()
+            self.processes.poll()
             name, started = matrix.name, time.monotonic()
             self.now = [name]
             weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device, torch.float32)
@@ -181,11 +258,11 @@ class _Quantizer:
             size_O = row_sizes(weight)
             hessian_II = matrix.hessian(self.calibration).to(weight.device)
             with explained(lambda: self.now[0], self._takes_now):
-                even = self._round({name: weight / size_O[:, None]}, hessian_II)[name]
+                even = self._round({name: weight / size_O[:, None]}, hessian_II, None, self.encode)[name]
             packed = with_row_sizes(even, size_O)
             report = self._report(name, packed, matrix.stand_in(), math.inf) | matrix.report()
             tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
-            self._announce(name, report, time.monotonic() - started)
+            self.announce(name, report, time.monotonic() - started)
             self.job.commit(matrix.key, tensors, {"layers": {name: report}, "left": matrix.left()})
             self.watcher.advance(name)
 
@@ -196,13 +273,16 @@ class _Quantizer:
         tuner = BlockTuner(self.skeleton, tokens, heldout, settings, self.job.path, self.watcher, self.memory_gib)
         try:
             for index in range(missing[-1] + 1):
-                checkpoint()
+                self.processes.poll()
                 if index not in missing:
                     stored, tuned = self.job.read(block_key(index)), self.job.report(block_key(index))["tuned"]
                     tuner.skip(index, self._stored_layers(index, stored), {name: stored[name] for name in tuned})
                     continue
                 with explained(lambda: self.now[0], self._takes_now):
-                    tensors, report = self._round_block(index, tuner.prefix if self.settings.quantized_prefix else None)
+                    if self.settings.quantized_prefix:
+                        tensors, report = self._round_block(index, tuner.prefix)
+                    else:
+                        tensors, report = self._round_stored(index)
                 prefix, block = self.skeleton.blocks[index]
                 vectors = [f"{prefix}.{name}" for name, parameter in block.named_parameters() if parameter.ndim == 1]
                 dtypes = {name: self.skeleton.read(name).dtype for name in vectors if self.skeleton.holds(name)}
@@ -222,57 +302,113 @@ class _Quantizer:
         stored = self._stored_layers(index, self.job.read(block_key(index)))
         return {name: layer.to(self.skeleton.device).weight_dense() for name, layer in stored.items()}
 
-    def _round_block(self, index: int, prefix: Prefix | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(what the shard holds, its report). prefix: where the block's inputs come from; None for the calibrate stage's."""
-        stem = f"{self.skeleton.blocks[index][0]}."
-        linears = {f"{stem}{name}": linear for name, linear in find_linears(self.skeleton.materialize(index)).items()}
+    def _round_block(self, index: int, prefix: Prefix) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(what the shard holds, its report). prefix: where the block's inputs come from."""
+        stem, block = self.skeleton.blocks[index]
+        self.skeleton.materialize(index)
+        groups = [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
+        self.calibration.verify(block_key(index))
+        prefix.enter(index, groups)
+        found = _Rounded(self)
+        dense: dict[str, torch.Tensor] = {}
+        for together in self._independent(groups, stem, block):
+            # Where there are enough of them, each process rounds some alone; else all round each of them together.
+            spreads = len(together) >= self.processes.world > 1
+            costs = {names[0]: self._cost(names) for names in together}
+            owners = least_loaded(costs, [0.0] * self.processes.world) if spreads else {}
+            own: dict[str, Parcel] = {}
+            for names in together:
+                ask = partial(prefix.moments, index, names, dense)
+                if not owners:
+                    own[names[0]] = self._round_names(index, names, ask, self.encode)
+                elif owners[names[0]] == self.processes.rank:
+                    own[names[0]] = self._round_names(index, names, ask, self.encode_alone)
+                elif self._chosen(names):
+                    ask()  # all sum up together
+            for names in together:
+                parcel = own.get(names[0])
+                if owners:
+                    parcel = spread.exchange(self.processes, parcel, owners[names[0]])
+                assert parcel is not None, "each group is rounded by one process, or by all"
+                found.take(parcel)
+                layers = _packed_layers(parcel.report["layers"], parcel.tensors)
+                for name, layer in layers.items():
+                    dense[name] = layer.to(self.skeleton.device).weight_dense()
+                    self.skeleton.model.get_submodule(name).weight.data = dense[name]  # the original is not needed any more
+        return found.tensors, found.report(stem)
+
+    def _round_stored(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """As `_round_block`, on what the original model gives the block."""
+        found = _Rounded(self)
+        for _, parcel in self._rounded_alone(
+            index, [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
+        ):
+            found.take(parcel)
+        return found.tensors, found.report(self.skeleton.blocks[index][0])
+
+    def _independent(self, groups: Sequence[Sequence[str]], stem: str, block: torch.nn.Module) -> Iterator[list[Sequence[str]]]:
+        """The groups in their order, those of experts at one place together, which do not depend on one another."""
+        peers = peers_of(groups, stem, block)
+        together: list[Sequence[str]] = []
+        for names in groups:
+            place = peers.place(names[0])
+            if together and (place is None or place != peers.place(together[0][0]) or self.processes.is_alone):
+                yield together
+                together = []
+            together.append(names)
+        if together:
+            yield together
+
+    def _chosen(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if not _matches(name, self.settings.skip)]
+
+    def _cost(self, names: Sequence[str]) -> float:
+        """Predicted operations of rounding a group; its weights need not be in memory."""
+        cost = 0.0
+        for name in self._chosen(names):
+            linear, spec = self.skeleton.model.get_submodule(name), self._spec(name)
+            # What is done once for a group is counted for each layer, which also has a product with I^2 O of its own.
+            weights = linear.in_features * linear.out_features
+            cost += rounding_cost(weights, linear.in_features, spec.state_bits, spec.weights_per_step)
+        return cost
+
+    def _round_names(self, index: int, names: Sequence[str], ask: Callable[[], Moments], encode: Encode) -> Parcel:
+        """The layers of one group of block `index`, materialized, as they are stored.
+
+        ask: for what they are given, unless all are skipped. Nothing else is to hold it: it takes more than the layers.
+        The parcel's report: "layers", "left" and the "seconds" that a layer took.
+        """
+        chosen = self._chosen(names)
+        left = {name: "skipped by the settings" for name in names if name not in chosen}
+        moments = ask() if chosen else None
+        if moments is None or not moments.seen:
+            left |= dict.fromkeys(chosen, "never called in calibration")
+            return Parcel({}, {"layers": {}, "left": left, "seconds": 0.0})
+        started, self.now = time.monotonic(), chosen
+        linears = {name: self.skeleton.model.get_submodule(name) for name in chosen}
+        weights = {name: linear.weight for name, linear in linears.items()}
+        corrections: dict[str, float] = {}
+        for name, weight in weights.items():
+            check_finite(f"{name}.weight", weight)
+            if name in moments.missing:
+                weights[name], corrections[name] = corrected(weight, *moments.missing[name])
+        tokens, share, hessian_II = moments.tokens, moments.share, moments.mixed()
+        del moments
+        packed = self._round(weights, hessian_II, self._outputs(index, chosen), encode)
         tensors: dict[str, torch.Tensor] = {}
         layers: dict[str, Any] = {}
-        left: dict[str, str] = {}
-        rounded: dict[str, torch.Tensor] = {}
-        stored_moments = StoredMoments(self.calibration, index, *self.skeleton.blocks[index])
-        if prefix is not None:
-            prefix.enter(index, stored_moments.groups)
-        for names in stored_moments.groups:
-            chosen = [name for name in names if not _matches(name, self.settings.skip)]
-            left |= {name: "skipped by the settings" for name in names if name not in chosen}
-            if not chosen:
-                continue
-            self.now = chosen
-            moments = prefix.moments(index, names, rounded) if prefix else stored_moments.of(names, self.skeleton.device)
-            if not moments.seen:
-                left |= dict.fromkeys(chosen, "never called in calibration")
-                continue
-            started = time.monotonic()
-            weights = {name: linears[name].weight for name in chosen}
-            corrections: dict[str, float] = {}
-            for name, weight in weights.items():
-                check_finite(f"{name}.weight", weight)
-                if name in moments.missing:
-                    weights[name], corrections[name] = corrected(weight, *moments.missing[name])
-            tokens, share, hessian_II = moments.tokens, moments.share, moments.mixed()
-            del moments
-            packed = self._round(weights, hessian_II, self._outputs(index, chosen))
-            seconds = (time.monotonic() - started) / len(chosen)
-            for name, matrix in packed.items():
-                stored = {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
-                layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
-                layers[name] |= {"tokens": tokens, "shared_hessian": share} if share else {}
-                self._announce(name, layers[name], seconds)
-                if prefix is not None:
-                    layer = _packed_layers({name: layers[name]}, stored)[name].to(self.skeleton.device)
-                    # The original is not needed any more.
-                    rounded[name] = linears[name].weight.data = layer.weight_dense()
-                tensors |= stored
-        self._note_few_tokens(stem, layers)
-        return tensors, {"layers": layers, "left": left}
+        for name, matrix in packed.items():
+            tensors |= {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
+            layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
+            layers[name] |= {"tokens": tokens, "shared_hessian": share} if share else {}
+        return Parcel(tensors, {"layers": layers, "left": left, "seconds": (time.monotonic() - started) / len(chosen)})
 
-    def _note_few_tokens(self, stem: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    def note_few_tokens(self, prefix: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
         few = {name: report["tokens"] for name, report in layers.items() if "shared_hessian" in report}
         if few:
             name = min(few, key=few.__getitem__)
             self.watcher.note(
-                f"{stem[:-1]}: {len(few)} layers of experts saw fewer than {FEW_TOKENS} tokens for each of their inputs, "
+                f"{prefix}: {len(few)} layers of experts saw fewer than {FEW_TOKENS} tokens for each of their inputs, "
                 f"{name} only {few[name]}: the mean Hessian of the experts beside them was mixed in"
             )
 
@@ -280,7 +416,8 @@ class _Quantizer:
         self,
         weights: dict[str, torch.Tensor],
         hessian_II: torch.Tensor,
-        outputs: Mapping[str, OutputHessian] | None = None,
+        outputs: Mapping[str, OutputHessian] | None,
+        encode: Encode,
     ) -> dict[str, PackedMatrix]:
         settings = RoundingSettings(
             Transform.parse(self.settings.transform),
@@ -294,7 +431,7 @@ class _Quantizer:
         )
         specs = {name: self._spec(name) for name in weights}
         luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, hessian_II, specs, settings, luts, outputs, self.encode, consume=True)
+        return round_group(weights, hessian_II, specs, settings, luts, outputs, encode, consume=True)
 
     def _outputs(self, index: int, names: list[str]) -> dict[str, OutputHessian] | None:
         """Hessians of the outputs of a group's layers; None where they are not asked for, or one had no gradients."""
@@ -354,7 +491,7 @@ class _Quantizer:
             "divergence": matrix.divergence,
         }
 
-    def _announce(self, name: str, report: Mapping[str, Any], seconds: float) -> None:
+    def announce(self, name: str, report: Mapping[str, Any], seconds: float) -> None:
         rows, columns = report["shape"]
         self.watcher.row(
             {
@@ -369,6 +506,29 @@ class _Quantizer:
             self.watcher.note(f"{name}: damping raised from {self.settings.damping:g} to {report['damping']:g}")
         if report["dead_inputs"]:
             self.watcher.note(f"{name}: {report['dead_inputs']} of {columns} inputs were always zero in calibration")
+
+
+class _Rounded:
+    """The groups of one block that are rounded: tensors of its shard, and its report."""
+
+    def __init__(self, stage: _Quantizer) -> None:
+        self._stage = stage
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._layers: dict[str, Any] = {}
+        self._left: dict[str, str] = {}
+
+    def take(self, parcel: Parcel) -> None:
+        """Add a group, and say so."""
+        for name, layer in parcel.report["layers"].items():
+            self._stage.announce(name, layer, parcel.report["seconds"])
+        self.tensors |= parcel.tensors
+        self._layers |= parcel.report["layers"]
+        self._left |= parcel.report["left"]
+
+    def report(self, prefix: str) -> dict[str, Any]:
+        """What the ledger keeps. prefix: the block's name."""
+        self._stage.note_few_tokens(prefix, self._layers)
+        return {"layers": self._layers, "left": self._left}
 
 
 def _packed_layers(reports: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> dict[str, TrellisLinear]:

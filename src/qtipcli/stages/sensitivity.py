@@ -23,7 +23,9 @@ from qtipcli.config import CalibrationSettings, QuantizeSettings, SensitivitySet
 from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_text, fingerprint_versions
-from qtipcli.job.interrupt import checkpoint, interruptible
+from qtipcli.job.interrupt import interruptible
+from qtipcli.job.processes import ALONE, Processes
+from qtipcli.job.shared import SharedDirectory
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.quant.matrix import RoundingSettings
@@ -34,6 +36,7 @@ from qtipcli.stages.calibrate import TOKENS, block_key
 from qtipcli.stages.divergence import Reference
 from qtipcli.stages.few_tokens import StoredMoments
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.spread import least_loaded
 from qtipcli_kernels.spec import SpecError, TrellisSpec, offered_bits
 
 STAGE = "sensitivity"
@@ -60,10 +63,12 @@ def run(
     directory: Path,
     force: bool = False,
     watcher: Watcher | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Fill `directory` with the layers' sensitivities, going on where an earlier run stopped; returns it.
 
-    hessians: a finished calibrate run directory of the same model, whose windows are not measured on.
+    hessians: a finished calibrate run directory of the same model, whose windows are not measured on. processes: that share the
+    layers; each holds the whole model.
     Raises MismatchError where it holds another job, SettingsError for a rate that the code has not, QtipError where the text
     has no window beside those of the calibration, StoppedError after Ctrl-C.
     """
@@ -76,10 +81,15 @@ def run(
         "calibration": fingerprint_text(repr(calibration.settings), repr(calibration.fingerprint)),
         "versions": fingerprint_versions(),
     }
-    with interruptible(), RunDirectory.open(directory, STAGE, frozen, fingerprint, force=force) as job:
+    with (
+        interruptible(notice=processes.is_main),
+        SharedDirectory.join(processes, directory, STAGE, frozen, fingerprint, force) as job,
+    ):
         if not job.done(TOKENS):
-            job.commit(TOKENS, *_heldout(source, settings, calibration, watcher))
-        _measure(source, quantize, settings, specs, calibration, job, watcher)
+            with processes.main_first():
+                heldout = _heldout(source, settings, calibration, watcher)
+            job.commit(TOKENS, *heldout)
+        _measure(source, quantize, settings, specs, calibration, job, watcher, processes)
     return directory
 
 
@@ -121,8 +131,9 @@ def _measure(
     settings: SensitivitySettings,
     specs: Sequence[TrellisSpec],
     calibration: RunDirectory,
-    job: RunDirectory,
+    job: SharedDirectory,
     watcher: Watcher,
+    processes: Processes,
 ) -> None:
     keys = calibrate.block_keys(calibration)
     missing = [key for key in keys if not job.done(key)]
@@ -138,19 +149,24 @@ def _measure(
         quantize.search and quantize.scale is None,
         seed=quantize.seed,
     )
-    reference = Reference(source, job.read(TOKENS)[TOKENS], watcher)
+    reference = Reference(source, job.read(TOKENS)[TOKENS], watcher, processes.poll)
     for index, (prefix, _) in enumerate(reference.skeleton.blocks):
         if block_key(index) in missing:
             layers: dict[str, Any] = {}
-            for names, hessian_II in _hessians(calibration, index, reference.skeleton):
-                checkpoint()
+            groups = [group["names"] for group in calibration.report(block_key(index))["groups"]]
+            # Each layer takes one pass of the model.
+            owners = least_loaded({names[0]: len(names) for names in groups}, [0.0] * processes.world)
+            own = [names for names in groups if owners[names[0]] == processes.rank]
+            for names, hessian_II in _hessians(calibration, index, reference.skeleton, own):
+                processes.poll()
                 linears = {name: reference.skeleton.model.get_submodule(name) for name in names}
                 weights = {name: linear.weight for name, linear in linears.items()}
                 for name, probe in probe_group(weights, hessian_II, noise, specs, rounding).items():
                     with reference.changed({f"{name}.weight": probe.noisy_OI}):
                         kl = reference.divergence()
                     layers[name] = _row(name, linears[name], kl, probe.noise_loss, probe.losses)
-            job.commit(block_key(index), {}, {"layers": layers})
+            found = {name: row for part in processes.collect(layers) for name, row in part.items()}
+            job.commit(block_key(index), {}, {"layers": found})
             watcher.advance(prefix)
         if block_key(index) != missing[-1]:
             reference.advance()
@@ -172,10 +188,12 @@ def _row(
     }
 
 
-def _hessians(calibration: RunDirectory, index: int, skeleton: Skeleton) -> Iterator[tuple[list[str], Tensor]]:
-    """(full names, Hessian) of each group of a block that has one to be rounded with; the others are never quantized."""
+def _hessians(
+    calibration: RunDirectory, index: int, skeleton: Skeleton, groups: Sequence[list[str]]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """(full names, Hessian) of those of `groups` of a block that have one to be rounded with; others are never quantized."""
     stored = StoredMoments(calibration, index, *skeleton.blocks[index])
-    for names in stored.groups:
+    for names in groups:
         moments = stored.of(names, skeleton.device)
         if moments.seen:
             yield names, moments.mixed()

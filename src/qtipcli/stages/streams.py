@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qtipcli.job.files import temporary_path
@@ -26,8 +25,11 @@ def start(
 ) -> tuple[list[Activations], list[tuple[BlockCall, ...]]]:
     """Equal streams, one for each of `names`, that stand before the first block; and each batch's calls of the blocks.
 
-    batches: int64 [rows, context] each. directory: where streams go that take more than `memory_gib` GiB together.
+    batches: int64 [rows, context] each; without any the streams are empty. directory: where they go where they take more than
+    `memory_gib` GiB together.
     """
+    if not batches:
+        return [Activations([], skeleton.dtype) for _ in names], []
     first = capture_first_inputs(skeleton, batches[0][:1], 1)[0].hidden
     token_bytes = first[0, 0].nbytes
     shapes = [(*rows.shape, *first.shape[2:]) for rows in batches]
@@ -45,15 +47,9 @@ def start(
 
 
 def _captured(skeleton: Skeleton, batches: Sequence[Tensor], at_once: int) -> Iterator[BlockInput]:
-    """What the first block gets, batch by batch; batches of one size go through the embedding together."""
-    place = 0
-    while place < len(batches):
-        rows = len(batches[place])
-        end = place
-        while end < len(batches) and end - place < at_once and len(batches[end]) == rows:
-            end += 1
-        yield from capture_first_inputs(skeleton, torch.cat(list(batches[place:end])), rows)
-        place = end
+    """What the first block gets, batch by batch; `at_once` are captured together."""
+    for place in range(0, len(batches), at_once):
+        yield from capture_first_inputs(skeleton, batches[place : place + at_once])
 
 
 def batch_at(stream: Activations, calls: Sequence[tuple[BlockCall, ...]], index: int) -> BlockInput:
@@ -78,8 +74,8 @@ class StoredInput(BlockInput):
 
 
 def first_inputs(
-    skeleton: Skeleton, batches: Sequence[Tensor], directory: Path, memory_gib: float, watcher: Watcher
+    skeleton: Skeleton, batches: Sequence[Tensor], directory: Path, memory_gib: float, watcher: Watcher, name: str = "inputs"
 ) -> list[BlockInput]:
-    """One stream as batches that are read from it and written to it as they are used."""
-    (stream,), calls = start(skeleton, batches, ["inputs"], directory, memory_gib, watcher)
+    """One stream, called `name`, as batches that are read from it and written to it as they are used."""
+    (stream,), calls = start(skeleton, batches, [name], directory, memory_gib, watcher)
     return [StoredInput(stream, index, each) for index, each in enumerate(calls)]
