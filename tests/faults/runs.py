@@ -62,8 +62,11 @@ class Running:
                 status = -signal.SIGALRM
                 break
             time.sleep(0.002)
-        text = self._log.read_text(encoding="utf-8", errors="replace")
-        self._log.unlink()
+        try:
+            text = self._log.read_text(encoding="utf-8", errors="replace")
+            self._log.unlink()
+        except FileNotFoundError:  # killed before it could open it
+            text = ""
         return Ended(status, text)
 
 
