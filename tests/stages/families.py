@@ -29,6 +29,7 @@ from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource
 from qtipcli.stages import calibrate, pack, quantize
 from qtipcli.stages.calibrate import block_key
+from qtipcli.stages.stored_layers import packed_layers
 from stages.tiny import DEMO_MODEL, VOCABULARY, logits_of, one_thread, save_text
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -249,7 +250,7 @@ def dequantized(source: ModelSource, job: RunDirectory) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32).eval()
     for index in range(len(Skeleton(source).blocks)):
         report, tensors = job.report(block_key(index)), job.read(block_key(index))
-        for name, layer in quantize._packed_layers(report["layers"], tensors).items():
+        for name, layer in packed_layers(report["layers"], tensors).items():
             _put(model, name, layer.weight_dense())
     return model
 

@@ -28,7 +28,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Handed:
         seen.append(({name: weight.clone() for name, weight in weights.items()}, hessian_II.clone(), outputs))
         return matrix.round_group(weights, hessian_II, specs, settings, luts, outputs, encode, consume)
 
-    monkeypatch.setattr("qtipcli.stages.quantize.round_group", spy)
+    monkeypatch.setattr("qtipcli.stages.rounder.round_group", spy)
     return seen
 
 
@@ -41,7 +41,7 @@ def corrections(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         made.append(torch.cat([torch.zeros_like(weight_OI[:1]), weight_OI[1:]]))
         return made[-1], 0.25
 
-    monkeypatch.setattr("qtipcli.stages.quantize.corrected", stand_in)
+    monkeypatch.setattr("qtipcli.stages.rounder.corrected", stand_in)
     return made
 
 

@@ -34,8 +34,8 @@ from qtipcli.stages import calibrate, outer, sensitivity
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.divergence import Reference
 from qtipcli.stages.progress import Watcher
-from qtipcli.stages.quantize import layout_of
 from qtipcli.stages.sensitivity import spec_name
+from qtipcli.stages.stored_layers import layout_of
 from qtipcli.stages.tune_blocks import packed_layer
 from qtipcli_kernels.spec import TrellisSpec
 

@@ -29,6 +29,7 @@ from qtipcli.stages.plan import TEXT, WRITE_BYTES_PER_S, LayerKind, Plan
 from qtipcli.stages.rates import Passes
 from qtipcli.stages.rounding_rates import Group
 from qtipcli.stages.slices import DEFAULT_SLICES
+from qtipcli.stages.stored_layers import layout_of
 from qtipcli.stages.streams import DEFAULT_MEMORY_GIB
 from qtipcli.stages.tune_blocks import MICRO_TOKENS
 from qtipcli.stages.tuning_rates import TUNING_SECONDS, TuningText
@@ -142,7 +143,7 @@ def of_pack(source: ModelSource, directory: Path, max_shard_size: str = "5GB") -
         if not job.done(key):
             raise QtipError(f"{directory} is not finished: {key} is missing", "give the quantize command again")
         report = job.report(key)
-        packed |= {name: quantize.layout_of(layer) for name, layer in report["layers"].items()}
+        packed |= {name: layout_of(layer) for name, layer in report["layers"].items()}
         left |= report["left"]
     stored, tensors = plan.stored_of(skeleton, packed, max_shard_size)
     largest = min(stored.weights, config.parse_size(max_shard_size))

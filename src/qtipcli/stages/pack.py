@@ -30,6 +30,7 @@ from qtipcli.model.source import ModelSource
 from qtipcli.stages import card, outer, quantize
 from qtipcli.stages.calibrate import block_key
 from qtipcli.stages.progress import Silent, Watcher
+from qtipcli.stages.stored_layers import layout_of
 from qtipcli.stages.whole import (
     INDEX_FILE,
     RECORD_FILE,
@@ -188,7 +189,7 @@ class _Packer:
             self.left |= report["left"]
             self.shard_of |= dict.fromkeys(report["layers"], key)
             self.tuned |= dict.fromkeys(report.get("tuned", ()), key)
-        self.layouts = {name: quantize.layout_of(report) for name, report in self.layers.items()}
+        self.layouts = {name: layout_of(report) for name, report in self.layers.items()}
 
     def run(self, max_shard_size: str) -> None:
         for key in {*self.shard_of.values(), *self.tuned.values()}:

@@ -22,7 +22,7 @@ from qtipcli.model.skeleton import Skeleton
 from qtipcli.nn.layout import PackedLayout
 from qtipcli.quant.transform import Transform
 from qtipcli.stages import outer, pack
-from qtipcli.stages.quantize import refuse_unused_patterns
+from qtipcli.stages.rounder import refuse_unused_patterns
 
 DTYPES = {"I32": torch.int32, "F16": torch.float16}
 """Of a packed layer's own parts."""

@@ -9,12 +9,10 @@ Several processes share whole groups where these do not depend on one another, a
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,40 +20,31 @@ from typing import Any
 import torch
 
 from qtipcli.config import BlockTuning, QuantizeSettings
-from qtipcli.errors import CorruptError, QtipError, SettingsError, first_line
+from qtipcli.errors import QtipError, SettingsError
 from qtipcli.job.directory import RunDirectory
 from qtipcli.job.fingerprint import fingerprint_model, fingerprint_text, fingerprint_versions
 from qtipcli.job.interrupt import interruptible
 from qtipcli.job.processes import ALONE, Processes, Sent
 from qtipcli.job.shared import SharedDirectory
-from qtipcli.model.linears import find_linears, refuse_unsupported
+from qtipcli.model.linears import refuse_unsupported
 from qtipcli.model.skeleton import Skeleton
 from qtipcli.model.source import ModelSource, check_finite
-from qtipcli.nn.layout import PackedLayout
 from qtipcli.nn.linear import TrellisLinear
-from qtipcli.quant.batches import InBatches
-from qtipcli.quant.correction import corrected
-from qtipcli.quant.matrix import PackedMatrix, RoundingSettings, round_group
-from qtipcli.quant.output_side import OutputHessian
 from qtipcli.quant.rows import row_sizes, with_row_sizes
-from qtipcli.quant.scale import Encode
-from qtipcli.quant.transform import Transform
-from qtipcli.stages import backward, calibrate, outer, spread, streams
+from qtipcli.stages import calibrate, outer, spread, streams
 from qtipcli.stages.calibrate import block_key
-from qtipcli.stages.few_tokens import FEW_TOKENS, Moments, StoredMoments, peers_of
+from qtipcli.stages.few_tokens import StoredMoments, peers_of
 from qtipcli.stages.fitting import default_memory_gib
 from qtipcli.stages.load import default_device
-from qtipcli.stages.output_hessians import StoredOutputs
 from qtipcli.stages.prefix import HELDOUT_SHARE, Prefix
 from qtipcli.stages.progress import Silent, Watcher
-from qtipcli.stages.rounding_rates import Group, rounding_bytes
+from qtipcli.stages.rounder import RoundedBlock, Rounder
 from qtipcli.stages.shared_encoder import SharedEncoder
 from qtipcli.stages.shortage import explained
 from qtipcli.stages.slices import note_idle
-from qtipcli.stages.spread import Parcel, least_loaded, rounding_cost
-from qtipcli.stages.tune_blocks import BlockTuner, packed_layer
-from qtipcli_kernels.codes import default_lut
-from qtipcli_kernels.spec import TrellisSpec
+from qtipcli.stages.spread import Parcel, least_loaded
+from qtipcli.stages.stored_layers import packed_layers
+from qtipcli.stages.tune_blocks import BlockTuner
 
 STAGE = "quantize"
 
@@ -152,20 +141,13 @@ class _Quantizer:
         self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
         self.processes = processes
-        self.luts: dict[TrellisSpec, torch.Tensor | None] = {}
-        # What is being rounded, by its full names.
-        self.now: list[str] = [source.name]
-        self.encode_alone = InBatches(self._note_smaller)
-        self.encode = SharedEncoder(processes, self.encode_alone)
-        self.memory_gib = streams.DEFAULT_MEMORY_GIB
-        # Compiled once: an allocation has a pattern for each of what may be thousands of layers.
-        self.overrides = [(re.compile(fnmatch.translate(pattern)), value) for pattern, value in settings.layers.items()]
         for note in self.skeleton.notes:
             watcher.note(note)
         refuse_unsupported(self.skeleton)
-        refuse_unused_patterns(self.skeleton, settings)
-        self.outer = outer.plan(self.skeleton, settings)
-        if outer.needs_head_hessian(self.outer) and not calibration.done(calibrate.HEAD):
+        self.rounder = Rounder(self.skeleton, settings, calibration, watcher)
+        self.encode = SharedEncoder(processes, self.rounder.encode)
+        self.memory_gib = streams.DEFAULT_MEMORY_GIB
+        if outer.needs_head_hessian(self.rounder.outer) and not calibration.done(calibrate.HEAD):
             raise QtipError(
                 f"{calibration.path} has no Hessian of the head's input", "add it: qtip calibrate --head, else as before"
             )
@@ -189,7 +171,7 @@ class _Quantizer:
             for index in range(missing[-1] + 1):
                 self.processes.poll()
                 if index in missing:
-                    with explained(lambda: self.now[0], self._takes_now):
+                    with explained(lambda: self.rounder.now[0], self.rounder.takes_now):
                         tensors, report = self._round_block(index, prefix)
                     self.job.commit(block_key(index), tensors, report)
                     self.watcher.advance(self.skeleton.blocks[index][0])
@@ -217,9 +199,9 @@ class _Quantizer:
             self.processes.poll()
             groups = [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
             # Given out in the order of the blocks, so that no process runs far ahead of what the first one waits for.
-            owners = least_loaded({names[0]: self._cost(names) for names in groups}, loads)
+            owners = least_loaded({names[0]: self.rounder.cost(names) for names in groups}, loads)
             own = [names for names in groups if owners[names[0]] == self.processes.rank]
-            with explained(lambda: self.now[0], self._takes_now):
+            with explained(lambda: self.rounder.now[0], self.rounder.takes_now):
                 found = dict(self._rounded_alone(index, own)) if own else {}
             if not self.processes.is_main:
                 for parcel in found.values():
@@ -227,7 +209,7 @@ class _Quantizer:
                 while len(underway) > MOST_UNDERWAY:
                     underway.popleft().wait()
                 continue
-            block = _Rounded(self)
+            block = RoundedBlock(self.rounder)
             for names in groups:
                 block.take(found.get(names[0]) or spread.receive(self.processes, owners[names[0]]))
             self.job.commit_unseen(block_key(index), block.tensors, block.report(self.skeleton.blocks[index][0]))
@@ -241,28 +223,31 @@ class _Quantizer:
         self.skeleton.materialize(index)
         stored = StoredMoments(self.calibration, index, *self.skeleton.blocks[index])
         for names in groups:
-            yield names[0], self._round_names(index, names, partial(stored.of, names, self.skeleton.device), self.encode_alone)
+            yield (
+                names[0],
+                self.rounder.round_names(index, names, partial(stored.of, names, self.skeleton.device), self.rounder.encode),
+            )
         self.skeleton.release(index)
 
     def run_outer(self) -> None:
         """Round what lies outside the blocks, one matrix in memory at a time."""
-        missing = [matrix for matrix in self.outer.values() if not self.job.done(matrix.key)]
-        if self.outer:
-            self.watcher.begin("quantize outside the blocks", len(self.outer), len(self.outer) - len(missing))
+        missing = [matrix for matrix in self.rounder.outer.values() if not self.job.done(matrix.key)]
+        if self.rounder.outer:
+            self.watcher.begin("quantize outside the blocks", len(self.rounder.outer), len(self.rounder.outer) - len(missing))
         for matrix in missing:
             self.processes.poll()
             name, started = matrix.name, time.monotonic()
-            self.now = [name]
+            self.rounder.now = [name]
             weight = self.skeleton.read(f"{name}.weight").to(self.skeleton.device, torch.float32)
             check_finite(f"{name}.weight", weight)
             size_O = row_sizes(weight)
             hessian_II = matrix.hessian(self.calibration).to(weight.device)
-            with explained(lambda: self.now[0], self._takes_now):
-                even = self._round({name: weight / size_O[:, None]}, hessian_II, None, self.encode)[name]
+            with explained(lambda: self.rounder.now[0], self.rounder.takes_now):
+                even = self.rounder.round({name: weight / size_O[:, None]}, hessian_II, None, self.encode)[name]
             packed = with_row_sizes(even, size_O)
-            report = self._report(name, packed, matrix.stand_in(), math.inf) | matrix.report()
-            tensors = {f"{name}.{part}": tensor for part, tensor in self._stored(name, packed).items()}
-            self.announce(name, report, time.monotonic() - started)
+            report = self.rounder.report(name, packed, matrix.stand_in(), math.inf) | matrix.report()
+            tensors = {f"{name}.{part}": tensor for part, tensor in self.rounder.stored(name, packed).items()}
+            self.rounder.announce(name, report, time.monotonic() - started)
             self.job.commit(matrix.key, tensors, {"layers": {name: report}, "left": matrix.left()})
             self.watcher.advance(name)
 
@@ -278,7 +263,7 @@ class _Quantizer:
                     stored, tuned = self.job.read(block_key(index)), self.job.report(block_key(index))["tuned"]
                     tuner.skip(index, self._stored_layers(index, stored), {name: stored[name] for name in tuned})
                     continue
-                with explained(lambda: self.now[0], self._takes_now):
+                with explained(lambda: self.rounder.now[0], self.rounder.takes_now):
                     if self.settings.quantized_prefix:
                         tensors, report = self._round_block(index, tuner.prefix)
                     else:
@@ -286,7 +271,7 @@ class _Quantizer:
                 prefix, block = self.skeleton.blocks[index]
                 vectors = [f"{prefix}.{name}" for name, parameter in block.named_parameters() if parameter.ndim == 1]
                 dtypes = {name: self.skeleton.read(name).dtype for name in vectors if self.skeleton.holds(name)}
-                layers = _packed_layers(report["layers"], tensors)
+                layers = packed_layers(report["layers"], tensors)
                 tuned, tuning = tuner.tune(index, layers, {}, dtypes)
                 report |= {"tuned": sorted(tuned.keys() & dtypes.keys()), "tuning": tuning}
                 self.job.commit(block_key(index), tensors | tuned, report)
@@ -295,7 +280,7 @@ class _Quantizer:
             tuner.close()
 
     def _stored_layers(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, TrellisLinear]:
-        return _packed_layers(self.job.report(block_key(index))["layers"], tensors)
+        return packed_layers(self.job.report(block_key(index))["layers"], tensors)
 
     def _stored_matrices(self, index: int) -> dict[str, torch.Tensor]:
         """Full name -> the dense matrix that the stored layer stands for, for those of block `index`."""
@@ -309,21 +294,21 @@ class _Quantizer:
         groups = [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
         self.calibration.verify(block_key(index))
         prefix.enter(index, groups)
-        found = _Rounded(self)
+        found = RoundedBlock(self.rounder)
         dense: dict[str, torch.Tensor] = {}
         for together in self._independent(groups, stem, block):
             # Where there are enough of them, each process rounds some alone; else all round each of them together.
             spreads = len(together) >= self.processes.world > 1
-            costs = {names[0]: self._cost(names) for names in together}
+            costs = {names[0]: self.rounder.cost(names) for names in together}
             owners = least_loaded(costs, [0.0] * self.processes.world) if spreads else {}
             own: dict[str, Parcel] = {}
             for names in together:
                 ask = partial(prefix.moments, index, names, dense)
                 if not owners:
-                    own[names[0]] = self._round_names(index, names, ask, self.encode)
+                    own[names[0]] = self.rounder.round_names(index, names, ask, self.encode)
                 elif owners[names[0]] == self.processes.rank:
-                    own[names[0]] = self._round_names(index, names, ask, self.encode_alone)
-                elif self._chosen(names):
+                    own[names[0]] = self.rounder.round_names(index, names, ask, self.rounder.encode)
+                elif self.rounder.chosen(names):
                     ask()  # all sum up together
             for names in together:
                 parcel = own.get(names[0])
@@ -331,7 +316,7 @@ class _Quantizer:
                     parcel = spread.exchange(self.processes, parcel, owners[names[0]])
                 assert parcel is not None, "each group is rounded by one process, or by all"
                 found.take(parcel)
-                layers = _packed_layers(parcel.report["layers"], parcel.tensors)
+                layers = packed_layers(parcel.report["layers"], parcel.tensors)
                 for name, layer in layers.items():
                     dense[name] = layer.to(self.skeleton.device).weight_dense()
                     self.skeleton.model.get_submodule(name).weight.data = dense[name]  # the original is not needed any more
@@ -339,7 +324,7 @@ class _Quantizer:
 
     def _round_stored(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """As `_round_block`, on what the original model gives the block."""
-        found = _Rounded(self)
+        found = RoundedBlock(self.rounder)
         for _, parcel in self._rounded_alone(
             index, [group["names"] for group in self.calibration.report(block_key(index))["groups"]]
         ):
@@ -358,211 +343,3 @@ class _Quantizer:
             together.append(names)
         if together:
             yield together
-
-    def _chosen(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if not _matches(name, self.settings.skip)]
-
-    def _cost(self, names: Sequence[str]) -> float:
-        """Predicted operations of rounding a group; its weights need not be in memory."""
-        cost = 0.0
-        for name in self._chosen(names):
-            linear, spec = self.skeleton.model.get_submodule(name), self._spec(name)
-            # What is done once for a group is counted for each layer, which also has a product with I^2 O of its own.
-            weights = linear.in_features * linear.out_features
-            cost += rounding_cost(weights, linear.in_features, spec.state_bits, spec.weights_per_step)
-        return cost
-
-    def _round_names(self, index: int, names: Sequence[str], ask: Callable[[], Moments], encode: Encode) -> Parcel:
-        """The layers of one group of block `index`, materialized, as they are stored.
-
-        ask: for what they are given, unless all are skipped. Nothing else is to hold it: it takes more than the layers.
-        The parcel's report: "layers", "left" and the "seconds" that a layer took.
-        """
-        chosen = self._chosen(names)
-        left = {name: "skipped by the settings" for name in names if name not in chosen}
-        moments = ask() if chosen else None
-        if moments is None or not moments.seen:
-            left |= dict.fromkeys(chosen, "never called in calibration")
-            return Parcel({}, {"layers": {}, "left": left, "seconds": 0.0})
-        started, self.now = time.monotonic(), chosen
-        linears = {name: self.skeleton.model.get_submodule(name) for name in chosen}
-        weights = {name: linear.weight for name, linear in linears.items()}
-        corrections: dict[str, float] = {}
-        for name, weight in weights.items():
-            check_finite(f"{name}.weight", weight)
-            if name in moments.missing:
-                weights[name], corrections[name] = corrected(weight, *moments.missing[name])
-        tokens, share, hessian_II = moments.tokens, moments.share, moments.mixed()
-        del moments
-        packed = self._round(weights, hessian_II, self._outputs(index, chosen), encode)
-        tensors: dict[str, torch.Tensor] = {}
-        layers: dict[str, Any] = {}
-        for name, matrix in packed.items():
-            tensors |= {f"{name}.{part}": tensor for part, tensor in self._stored(name, matrix).items()}
-            layers[name] = self._report(name, matrix, linears[name], corrections.get(name, math.inf))
-            layers[name] |= {"tokens": tokens, "shared_hessian": share} if share else {}
-        return Parcel(tensors, {"layers": layers, "left": left, "seconds": (time.monotonic() - started) / len(chosen)})
-
-    def note_few_tokens(self, prefix: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
-        few = {name: report["tokens"] for name, report in layers.items() if "shared_hessian" in report}
-        if few:
-            name = min(few, key=few.__getitem__)
-            self.watcher.note(
-                f"{prefix}: {len(few)} layers of experts saw fewer than {FEW_TOKENS} tokens for each of their inputs, "
-                f"{name} only {few[name]}: the mean Hessian of the experts beside them was mixed in"
-            )
-
-    def _round(
-        self,
-        weights: dict[str, torch.Tensor],
-        hessian_II: torch.Tensor,
-        outputs: Mapping[str, OutputHessian] | None,
-        encode: Encode,
-    ) -> dict[str, PackedMatrix]:
-        settings = RoundingSettings(
-            Transform.parse(self.settings.transform),
-            self.settings.damping,
-            self.settings.refit,
-            scale=self.settings.scale,
-            search=self.settings.search and self.settings.scale is None,
-            fast=self.settings.fast,
-            seed=self.settings.seed,
-            transform_out=next((self.outer[name].transform_out for name in weights if name in self.outer), None),
-        )
-        specs = {name: self._spec(name) for name in weights}
-        luts = {name: self._lut(spec) for name, spec in specs.items()}
-        return round_group(weights, hessian_II, specs, settings, luts, outputs, encode, consume=True)
-
-    def _outputs(self, index: int, names: list[str]) -> dict[str, OutputHessian] | None:
-        """Hessians of the outputs of a group's layers; None where they are not asked for, or one had no gradients."""
-        key = backward.output_key(index)
-        if not self.settings.two_sided:
-            return None
-        layers = self.calibration.report(key)["layers"]
-        if not all(name in layers for name in names):
-            return None
-        self.calibration.verify(key)
-        return StoredOutputs(self.calibration, key, names, self.skeleton.device)
-
-    def _note_smaller(self, tiles: int) -> None:
-        self.watcher.note(f"{self.now[0]}: memory ran out, so that tiles are encoded {tiles} at a time from here on")
-
-    def _takes_now(self) -> int:
-        """Bytes that rounding takes of what is being rounded."""
-        linears = [self._linear(name) for name in self.now]
-        group = Group(tuple(linear.out_features for linear in linears), linears[0].in_features)
-        return rounding_bytes(group, self.settings, self._spec(self.now[0]), self.skeleton.device)
-
-    def _linear(self, name: str) -> torch.nn.Linear:
-        return self.outer[name].stand_in() if name in self.outer else self.skeleton.model.get_submodule(name)
-
-    def _spec(self, name: str) -> TrellisSpec:
-        if name in self.outer:
-            return self.outer[name].spec
-        return self.settings.spec(next((value for pattern, value in self.overrides if pattern.match(name)), None))
-
-    def _lut(self, spec: TrellisSpec) -> torch.Tensor | None:
-        if spec not in self.luts:
-            self.luts[spec] = default_lut(spec)
-        return self.luts[spec]
-
-    def _stored(self, name: str, matrix: PackedMatrix) -> dict[str, torch.Tensor]:
-        stored = {"trellis": matrix.trellis, "scale_in": matrix.scale_in, "scale_out": matrix.scale_out}
-        lut = self._lut(self._spec(name))
-        return stored if lut is None else stored | {"lut": lut}
-
-    def _report(self, name: str, matrix: PackedMatrix, linear: torch.nn.Linear, correction: float) -> dict[str, Any]:
-        """What the ledger keeps of a layer; nothing in it depends on the clock. correction: its damping, infinite for none."""
-        spec = self._spec(name)
-        return {
-            "code": spec.code,
-            "bits_per_step": spec.bits_per_step,
-            "weights_per_step": spec.weights_per_step,
-            "state_bits": spec.state_bits,
-            "transform": self.settings.transform,
-            "shape": [linear.out_features, linear.in_features],
-            "bias": linear.bias is not None,
-            "relative_proxy_loss": matrix.relative_proxy_loss,
-            "unrefitted_loss": matrix.unrefitted_loss,
-            "scale": matrix.scale,
-            "damping": matrix.damping,
-            "dead_inputs": matrix.dead_inputs,
-            "correction_damping": correction if math.isfinite(correction) else None,
-            "divergence": matrix.divergence,
-        }
-
-    def announce(self, name: str, report: Mapping[str, Any], seconds: float) -> None:
-        rows, columns = report["shape"]
-        self.watcher.row(
-            {
-                "layer": name,
-                "shape": f"{rows} x {columns}",
-                "bits": report["bits_per_step"] / report["weights_per_step"],
-                "relative proxy loss": report["relative_proxy_loss"],
-                "seconds": seconds,
-            }
-        )
-        if report["damping"] > self.settings.damping:
-            self.watcher.note(f"{name}: damping raised from {self.settings.damping:g} to {report['damping']:g}")
-        if report["dead_inputs"]:
-            self.watcher.note(f"{name}: {report['dead_inputs']} of {columns} inputs were always zero in calibration")
-
-
-class _Rounded:
-    """The groups of one block that are rounded: tensors of its shard, and its report."""
-
-    def __init__(self, stage: _Quantizer) -> None:
-        self._stage = stage
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._layers: dict[str, Any] = {}
-        self._left: dict[str, str] = {}
-
-    def take(self, parcel: Parcel) -> None:
-        """Add a group, and say so."""
-        for name, layer in parcel.report["layers"].items():
-            self._stage.announce(name, layer, parcel.report["seconds"])
-        self.tensors |= parcel.tensors
-        self._layers |= parcel.report["layers"]
-        self._left |= parcel.report["left"]
-
-    def report(self, prefix: str) -> dict[str, Any]:
-        """What the ledger keeps. prefix: the block's name."""
-        self._stage.note_few_tokens(prefix, self._layers)
-        return {"layers": self._layers, "left": self._left}
-
-
-def _packed_layers(reports: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> dict[str, TrellisLinear]:
-    """Full name -> layer, from what the ledger and the shard keep of them; biases are the model's own."""
-    parts = ("trellis", "scale_in", "scale_out", "lut")
-    return {
-        name: packed_layer(
-            layout_of(report), {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors}
-        )
-        for name, report in reports.items()
-    }
-
-
-def layout_of(report: Mapping[str, Any]) -> PackedLayout:
-    """The layout of a layer from what the ledger keeps of it. Raises CorruptError where that is not what was written."""
-    try:
-        spec = TrellisSpec(report["code"], report["bits_per_step"], report["state_bits"], report["weights_per_step"])
-        sides = (Transform.parse(report["transform"]), Transform.parse(report.get("transform_out", report["transform"])))
-        rows, columns = report["shape"]
-        return PackedLayout(columns, rows, spec, *sides, report["bias"], report.get("embedding", False))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(
-            f"the ledger says of a layer what no ledger does: {first_line(error)}",
-            "give the quantize command again with another --out",
-        ) from error
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def refuse_unused_patterns(skeleton: Skeleton, settings: QuantizeSettings) -> None:
-    """Raise SettingsError where a pattern of the settings fits no layer."""
-    names = [f"{prefix}.{name}" for prefix, block in skeleton.blocks for name in find_linears(block)]
-    for pattern in (*settings.skip, *settings.layers):
-        if not fnmatch.filter(names, pattern):
-            raise SettingsError(f"no layer is called {pattern!r}", f"names look like {names[0]}; * stands for anything")
