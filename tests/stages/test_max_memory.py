@@ -11,7 +11,7 @@ import torch
 
 from qtipcli.errors import SettingsError
 from qtipcli.quant.batches import InBatches
-from qtipcli.stages import dry_run, fitting, quantize
+from qtipcli.stages import dry_run, fitting, rounder
 from qtipcli.stages.fitting import Fit, fit
 from qtipcli.stages.memory import Sizes
 from qtipcli_kernels.dispatch import encode
@@ -151,7 +151,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes. Error code 12")
             return encode(tiles, spec, table, fast)
 
-        monkeypatch.setattr(quantize, "InBatches", lambda smaller: InBatches(smaller, small))
+        monkeypatch.setattr(rounder, "InBatches", lambda smaller: InBatches(smaller, small))
 
     return install
 

@@ -100,11 +100,10 @@ def test_each_process_searches_its_share_only(monkeypatch: pytest.MonkeyPatch) -
         def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
             return [tensor] * self.world
 
-    monkeypatch.setattr(shared_encoder, "encode", counted)
     monkeypatch.setattr(shared_encoder, "LEAST_WORK", {"cpu": 0})
     for rank in range(4):
-        SharedEncoder(Group(rank, 4))(torch.zeros(18, 256), SPEC, torch.zeros(1), False)
+        SharedEncoder(Group(rank, 4), counted)(torch.zeros(18, 256), SPEC, torch.zeros(1), False)
     assert seen == [6, 6, 6]  # whole pairs, which the encoder takes at once; none are left for the last
     monkeypatch.setattr(shared_encoder, "LEAST_WORK", {"cpu": 1 << 62})
-    SharedEncoder(Group(0, 4))(torch.zeros(18, 256), SPEC, torch.zeros(1), False)
+    SharedEncoder(Group(0, 4), counted)(torch.zeros(18, 256), SPEC, torch.zeros(1), False)
     assert seen[-1] == 18
