@@ -13,7 +13,7 @@ import pytest
 
 from qtipcli.errors import BusyError
 from qtipcli.job.lock import Lock
-from qtipcli.stages import quantize as quantize_stage
+from qtipcli.stages import pack
 from qtipcli.stages.whole import only_writer, written_whole
 from stages.fixtures import Qtip
 from stages.tiny import FAST_OPTIONS, snapshot
@@ -128,7 +128,7 @@ def test_ctrl_c_outside_a_safe_point_is_put_into_words(
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize_stage, "layout_of", stop)
+    monkeypatch.setattr(pack, "layout_of", stop)
     stopped = qtip("pack", tiny_model, job, "--out", "out")
     assert stopped.status == 130
     assert stopped.err.splitlines()[-2:] == [
