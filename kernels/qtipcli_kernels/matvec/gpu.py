@@ -73,8 +73,8 @@ def _nvidia_kernel(
     if COPIES > 0:
         _fill_table(lut_ptr, thread, tile_rows, FIND, STORE, COPIES, WARPS)
         copy = (lane_id % COPIES) * 4
-    # Four warps have two rows of tiles. Rows past the end are read as the last ones and never written: every lane must take
-    # part in the matrix instruction.
+    # Four warps (loop.WARP_PARTS) have two rows of tiles (loop.WARP_ROWS). Rows past the end are read as the last ones and
+    # never written: every lane must take part in the matrix instruction.
     part = (thread >> 5) & 3
     tile_row = (tl.program_id(0) * (WARPS // 4) + (thread >> 7)) * 2
     read_row = tl.minimum(tile_row, tile_rows - 1).to(tl.int64)

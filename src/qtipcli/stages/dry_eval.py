@@ -23,7 +23,7 @@ from qtipcli.stages.forward_rates import FORWARD_SECONDS, Forward
 from qtipcli.stages.load import computing_dtype, default_device
 from qtipcli.stages.measure import WIDER, Keeping, chosen_dtype, windows_for
 from qtipcli.stages.own_process import age_seconds, peak_bytes, settled_bytes
-from qtipcli.stages.plan import LOAD_BYTES_PER_S, TEXT, WRITE_BYTES_PER_S, Plan
+from qtipcli.stages.plan import LOAD_BYTES_PER_S, ON_GPU, TEXT, WRITE_BYTES_PER_S, Plan, on_cpu
 from qtipcli.stages.reference import DEFAULT_CACHE_GIB, FREE_SHARE
 from qtipcli.stages.room import free_bytes
 
@@ -263,9 +263,8 @@ class _Job:
         """{"ram", "vram"}: transformers loads into RAM, also for a GPU."""
         phases = self.phases()
         if self.device.type == "cpu":
-            ram = {phase: self.resident + size for phase, size in phases.items()}
-            return {"ram": {TEXT: self.reading} | ram, "vram": {}}
-        self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")
+            return on_cpu(phases, self.resident, self.reading)
+        self.notes.append(ON_GPU)
         largest = max(model.block if self.stream else model.loading for model in self.models)
         return {"ram": {TEXT: self.reading, "loading": self.resident + largest}, "vram": phases}
 

@@ -206,9 +206,8 @@ class _Job:
         """{"ram", "vram"}: on a GPU hidden states wait in RAM."""
         phases = self.phases()
         if self.device.type == "cpu":
-            ram = {phase: self.resident + size for phase, size in phases.items()}
-            return {"ram": {TEXT: self.reading} | ram, "vram": {}}
-        self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")
+            return plan.on_cpu(phases, self.resident, self.reading)
+        self.notes.append(plan.ON_GPU)
         waiting = memory.held(2 * self.rows * self.context * self.sizes.token, 0, self.memory_gib)
         ram = {phase: self.resident + min(size, waiting + self.sizes.read) for phase, size in phases.items()}
         return {"ram": {TEXT: self.reading} | ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}

@@ -388,7 +388,7 @@ class _Job:
             ram = {phase: size + (self.early if phase in EARLY else self.resident) for phase, size in with_reading.items()}
             return {"ram": {TEXT: self.reading} | ram, "vram": {}}
         waiting = self.text.tokens * (2 * self.sizes.token + int(self._largest().passes.kept_bytes))
-        self.notes.append("on a GPU memory is added up by the same rule, which was measured on CPUs only")
+        self.notes.append(plan.ON_GPU)
         ram = {phase: self.resident + min(size, waiting) for phase, size in with_reading.items()}
         return {"ram": {TEXT: self.reading} | ram, "vram": {phase: max(0, size - waiting) for phase, size in phases.items()}}
 

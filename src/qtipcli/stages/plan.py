@@ -36,6 +36,9 @@ LOAD_BYTES_PER_S = 2e9
 TEXT = "reading the text"
 """The phase that a dry run goes through itself."""
 
+ON_GPU = "on a GPU memory is added up by the same rule, which was measured on CPUs only"
+"""A note."""
+
 LEFT_SHAPES = 2
 """Dimensions from which on a tensor that is left as it is gets a reason: norms and biases are never rounded."""
 
@@ -97,6 +100,11 @@ class Plan:
             "total_seconds": sum(self.seconds.values()),
         }
         return asdict(self) | totals
+
+
+def on_cpu(phases: Mapping[str, int], resident: int, reading: int) -> dict[str, dict[str, int]]:
+    """Memory of a command on a CPU. phases: bytes beside the process's own, `resident`. reading: peak while text is read."""
+    return {"ram": {TEXT: reading} | {phase: resident + size for phase, size in phases.items()}, "vram": {}}
 
 
 def layouts_of(skeleton: Skeleton, settings: QuantizeSettings) -> tuple[dict[str, PackedLayout], dict[str, str]]:

@@ -99,8 +99,8 @@ def run(
         interruptible(notice=processes.is_main),
         SharedDirectory.join(processes, directory, STAGE, frozen, fingerprint, force) as job,
     ):
-        stage = _Quantizer(source, settings, calibration, job, watcher, processes)
-        stage.memory_gib = default_memory_gib() if memory_gib is None else memory_gib
+        memory_gib = default_memory_gib() if memory_gib is None else memory_gib
+        stage = _Quantizer(source, settings, calibration, job, watcher, processes, memory_gib)
         blocks = calibrate.first_blocks(len(stage.skeleton.blocks), limit_blocks)
         stage.run(blocks)
         if len(blocks) < len(stage.skeleton.blocks):
@@ -137,6 +137,7 @@ class _Quantizer:
         job: SharedDirectory,
         watcher: Watcher,
         processes: Processes,
+        memory_gib: float,
     ) -> None:
         self.skeleton = Skeleton(source, device=default_device())
         self.settings, self.calibration, self.job, self.watcher = settings, calibration, job, watcher
@@ -146,7 +147,7 @@ class _Quantizer:
         refuse_unsupported(self.skeleton)
         self.rounder = Rounder(self.skeleton, settings, calibration, watcher)
         self.encode = SharedEncoder(processes, self.rounder.encode)
-        self.memory_gib = streams.DEFAULT_MEMORY_GIB
+        self.memory_gib = memory_gib
         if outer.needs_head_hessian(self.rounder.outer) and not calibration.done(calibrate.HEAD):
             raise QtipError(
                 f"{calibration.path} has no Hessian of the head's input", "add it: qtip calibrate --head, else as before"
